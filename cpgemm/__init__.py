@@ -1,0 +1,51 @@
+"""cpgemm: FP8 matrix products with fine-grained scaling for CuPy on NVIDIA Hopper.
+
+    a = cpgemm.quantize(x, (1, 128))        # activations: a scale per row and 128 of K
+    b = cpgemm.quantize(w, (128, 128))      # weights: a scale per 128 x 128 block
+    d = cpgemm.gemm(a, b)                   # bfloat16, a @ b.T
+
+NumPy arrays take a reference path with the same semantics and need no GPU.
+"""
+
+from cpgemm.compiler import compile_count, freeze
+from cpgemm.config import KernelConfig
+from cpgemm.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CompileError,
+    CpgemmError,
+    DeviceError,
+    FrozenError,
+    MissingDependencyError,
+)
+from cpgemm.gemm import GemmPlan, gemm, gemm_nn, gemm_nt, gemm_tn, gemm_tt, plan_gemm
+from cpgemm.heuristics import explain
+from cpgemm.problem import GemmProblem
+from cpgemm.quantize import quantize
+from cpgemm.scaled import ScaledTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "CompileError",
+    "CpgemmError",
+    "DeviceError",
+    "FrozenError",
+    "GemmPlan",
+    "GemmProblem",
+    "KernelConfig",
+    "MissingDependencyError",
+    "ScaledTensor",
+    "compile_count",
+    "explain",
+    "freeze",
+    "gemm",
+    "gemm_nn",
+    "gemm_nt",
+    "gemm_tn",
+    "gemm_tt",
+    "plan_gemm",
+    "quantize",
+]

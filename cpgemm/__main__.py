@@ -1,0 +1,183 @@
+"""``python -m cpgemm``: the command line.  Handlers import what they need when they are chosen."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpgemm.errors import ArgumentError, CpgemmError
+
+if TYPE_CHECKING:
+    from cpgemm.render import KernelSource
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 1 failed, 2 not understood."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.handler is None:
+        parser.print_help()
+        return 0
+    try:
+        code = int(args.handler(args) or 0)
+        sys.stdout.flush()
+        return code
+    except ArgumentError as error:
+        print(f"cpgemm: {error}", file=sys.stderr)
+        return 2
+    except CpgemmError as error:
+        print(f"cpgemm: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader of a pipe has enough.  Python would complain once more while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("cpgemm: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    import cpgemm
+
+    parser = argparse.ArgumentParser(
+        prog="python -m cpgemm",
+        description="FP8 matrix multiplication with fine-grained scales on NVIDIA Hopper.",
+    )
+    parser.add_argument("--version", action="version", version=f"cpgemm {cpgemm.__version__}")
+    parser.set_defaults(handler=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    demo = command("demo", "quantise and multiply real-sized layers, compare and time them")
+    demo.add_argument("--m", type=_size, nargs="+", metavar="M", help="rows of the activations")
+    demo.add_argument(
+        "--shape", type=_layer, nargs="+", metavar="NxK", help="layers, such as 4096x7168"
+    )
+    demo.add_argument("--seed", type=int, help="of the random data (default: a fresh one)")
+    demo.set_defaults(handler=_demo)
+
+    doctor = command("doctor", "what this machine has, what works, how to mend the rest")
+    doctor.set_defaults(handler=_doctor)
+
+    build = command("compile", "compile kernels ahead of time; no GPU needed")
+    build.add_argument("names", nargs="*", metavar="NAME", help="kernels (see: render --list)")
+    build.add_argument("--all", action="store_true", help="the whole set")
+    build.add_argument("--arch", default="sm_90a", help="(default: %(default)s)")
+    build.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
+    build.add_argument("--jobs", type=_size, metavar="N", help="processes (default: all cores)")
+    build.add_argument(
+        "--force", "--no-cache", action="store_true", help="compile even what the cache has"
+    )
+    build.set_defaults(handler=_compile)
+
+    show = command("render", "print the CUDA source of a kernel")
+    show.add_argument("name", nargs="?", metavar="NAME")
+    show.add_argument("--list", action="store_true", help="print the names of all kernels")
+    show.set_defaults(handler=_render)
+
+    explain = command("explain", "which kernel a shape gets, why, and the time to expect")
+    for name in ("m", "n", "k"):
+        explain.add_argument(name, type=_size, metavar=name.upper())
+    explain.add_argument("--out-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    explain.add_argument("--accumulate", action="store_true", help="with a C operand")
+    explain.set_defaults(handler=_explain)
+    return parser
+
+
+def _size(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive number; got {text!r}")
+    return value
+
+
+def _layer(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"must be NxK, such as 4096x7168; got {text!r}")
+    return _size(parts[0]), _size(parts[1])
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from cpgemm import demo
+
+    return int(demo.main(args) or 0)
+
+
+def _doctor(_args: argparse.Namespace) -> int:
+    from cpgemm import doctor
+
+    return doctor.run()
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from cpgemm import compile_all
+
+    if args.all == bool(args.names):
+        raise ArgumentError(
+            f"compile: give --all or the names of kernels; got "
+            f"{'both' if args.all else 'neither'}. Names: python -m cpgemm render --list."
+        )
+    sources = _sources()
+    if args.names:
+        sources = [_find(name, sources) for name in dict.fromkeys(args.names)]
+    return compile_all.run(
+        sources, arch=args.arch, json_path=args.json, jobs=args.jobs, force=args.force
+    )
+
+
+def _render(args: argparse.Namespace) -> int:
+    sources = _sources()
+    if args.list == (args.name is not None):
+        raise ArgumentError(
+            f"render: give the name of one kernel or --list; got "
+            f"{'both' if args.list else 'neither'}."
+        )
+    if args.list:
+        print("\n".join(source.name for source in sources))
+    else:
+        print(_find(args.name, sources).text, end="")
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    import cpgemm
+
+    text = cpgemm.explain(
+        args.m, args.n, args.k, out_dtype=args.out_dtype, accumulate=args.accumulate
+    )
+    print(text)
+    return 0
+
+
+def _sources() -> list[KernelSource]:
+    from cpgemm import kernels
+
+    return list(kernels.all_sources())
+
+
+def _find(name: str, sources: Sequence[KernelSource]) -> KernelSource:
+    for source in sources:
+        if source.name == name:
+            return source
+    names = [source.name for source in sources]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    mend = f"Did you mean {', '.join(near)}?" if near else "Names: python -m cpgemm render --list."
+    raise ArgumentError(f"NAME: must be one of the {len(names)} kernels; got {name!r}. {mend}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

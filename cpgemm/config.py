@@ -1,0 +1,162 @@
+"""``KernelConfig``: the decisions compiled into a dense kernel, and the numbers they imply.
+
+A configuration belongs to a family: one template over the shared headers.  Another family (swapped
+operands, split-K, ping-pong) is another template and another class beside this one; ``heuristics``
+and ``kernels`` take whatever offers the same properties.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cpgemm.problem import GemmProblem, OutDtype
+
+__all__ = ["SHARED_LIMIT", "KernelConfig"]
+
+SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one block may have on Hopper
+
+_BLOCK_K = 128
+_REGISTER_FILE = 65536  # 32-bit registers of one SM
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One kernel of the dense family (``templates/dense.cu.j2``).
+
+    ``block_m`` x ``block_n``  the tile of D that a block computes; K goes in steps of 128
+    ``stages``                 depth of the ring of shared-memory stages
+    ``consumers``              warpgroups that issue wgmma; each owns ``block_m / consumers`` rows
+    ``cluster_m``              2: two blocks share a column tile and B is multicast to both
+    ``cluster_n``              2: two blocks share a row tile and A is multicast to both
+    ``out_dtype``              of C and D
+    ``raster_group``           rows of tiles that are walked together, so that operands stay in L2
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    consumers: int = 2
+    cluster_m: int = 1
+    cluster_n: int = 1
+    out_dtype: OutDtype = "bfloat16"
+    raster_group: int = 8
+
+    family: ClassVar[str] = "dense"
+    template: ClassVar[str] = "dense.cu.j2"
+    entry: ClassVar[str] = "cpgemm_dense"
+
+    def __post_init__(self) -> None:
+        problem = self._malformed()
+        if problem:
+            raise ValueError(f"KernelConfig: {problem}; got {self!r}")
+
+    def _malformed(self) -> str | None:
+        """What hardware or template cannot do, whatever the problem; None when all is well."""
+        if self.consumers not in (1, 2, 3):
+            return "consumers must be 1, 2 or 3: the register file holds no more"
+        if self.block_m % (64 * self.consumers) or not 64 <= self.block_m <= 256:
+            return "block_m must be a multiple of 64 per consumer, 256 at most (TMA's box)"
+        if self.block_n % 16 or not 16 <= self.block_n <= 256:
+            return "block_n must be a multiple of 16 between 16 and 256 (wgmma's N, stmatrix x4)"
+        if self.waves * self.block_n // 2 + self.block_n // 2 > 200:
+            return "accumulators need more than 200 registers a thread and would spill"
+        if (self.cluster_m, self.cluster_n) not in ((1, 1), (2, 1), (1, 2)):
+            return "a cluster has two blocks at most, along M or along N"
+        if self.cluster_m == 2 and self.block_n % 16:
+            return "block_n must be a multiple of 16 to be loaded in two halves"
+        if self.stages < 2:
+            return "stages must be at least 2"
+        if self.shared_bytes > SHARED_LIMIT:
+            return f"shared memory of {self.shared_bytes} bytes exceeds {SHARED_LIMIT}"
+        return None
+
+    # ------------------------------------------------------------------ derived, for the template
+
+    @property
+    def name(self) -> str:
+        """Readable and unique, e.g. ``dense_256x128_s3_w2_multicast_a_bfloat16``."""
+        multicast = {(1, 1): "", (1, 2): "_multicast_a", (2, 1): "_multicast_b"}
+        return (
+            f"{self.family}_{self.block_m}x{self.block_n}_s{self.stages}_w{self.consumers}"
+            f"{multicast[self.cluster_m, self.cluster_n]}_{self.out_dtype}"
+        )
+
+    @property
+    def waves(self) -> int:
+        """m64 waves of wgmma that each consumer issues for one k-block."""
+        return self.block_m // (64 * self.consumers)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the consumers and one producer warpgroup."""
+        return 128 * (self.consumers + 1)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.cluster_m * self.cluster_n
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers a producer thread keeps after ``setmaxnreg`` (a multiple of 8)."""
+        return 32 if self.consumers == 3 else 40
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers a consumer thread gets: what producer and register file leave, 240 at most."""
+        left = _REGISTER_FILE // 128 - self.producer_registers
+        return min(left // self.consumers // 8 * 8, 240)
+
+    @property
+    def scale_segment(self) -> int:
+        """Columns of the tile that surely share one scale of B, wherever the tile starts."""
+        return math.gcd(self.block_n, _BLOCK_K)
+
+    @property
+    def store_chunk(self) -> int:
+        """Columns of one TMA store box: the widest of TMA's swizzle spans that divides the tile."""
+        return next(width for width in (64, 32, 16) if self.block_n % width == 0)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory; the kernel asserts that its ``struct Shared`` has this size."""
+        staging = self.block_m * self.block_n * 2 if self.out_dtype == "bfloat16" else 1024
+        tiles = self.stages * (self.block_m + self.block_n) * _BLOCK_K + staging
+        row_scales = self.stages * self.block_m * 4
+        column_scales = self.stages * (self.block_n // self.scale_segment) * 4
+        barriers = 2 * self.stages * 8
+        scales_end = _round_up(tiles, 128) + row_scales + column_scales
+        return _round_up(_round_up(scales_end, 8) + barriers, 1024)
+
+    # -------------------------------------------------------------------- derived, for the launch
+
+    def rows_loaded(self, m: int) -> int:
+        """Rows of A that a stage really loads: boxes that hang over the end of A are slow.
+
+        The rest of the stage keeps old bytes; they only reach rows of D that are never stored.
+        """
+        return self.block_m if self.cluster > 1 else min(self.block_m, _round_up(m, 8))
+
+    def tiles(self, problem: GemmProblem) -> int:
+        """Block tiles that are computed, those that pad the last cluster included."""
+        rows = -(-problem.m // (self.block_m * self.cluster_m))
+        columns = -(-problem.n // (self.block_n * self.cluster_n))
+        return rows * columns * self.cluster
+
+    def grid(self, problem: GemmProblem, sms: int) -> int:
+        """Blocks of the persistent launch on a GPU of ``sms`` multiprocessors."""
+        return min(sms // self.cluster * self.cluster, self.tiles(problem))
+
+    def why_not(self, problem: GemmProblem) -> str | None:
+        """Why this kernel cannot compute ``problem``; None when it can."""
+        if problem.out_dtype != self.out_dtype:
+            return f"it writes {self.out_dtype}, the problem wants {problem.out_dtype}"
+        if 0 in (problem.m, problem.n, problem.k):
+            return "an empty product needs no kernel"
+        return None

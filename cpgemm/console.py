@@ -1,0 +1,70 @@
+"""Tables and progress bars: with rich where it is installed, plain text where it is not."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+__all__ = ["print_table", "progress"]
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()
+) -> None:
+    """Print ``rows`` under ``columns`` on stdout; columns named in ``numbers`` align right."""
+    if sys.stdout.isatty() and _has_rich():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            table.add_column(column, justify="right" if column in numbers else "left")
+        for row in rows:
+            # Text, not markup: a cell such as "cpgemm[cuda12]" is no style.
+            table.add_row(*(Text(cell) for cell in row))
+        Console().print(table)
+        return
+    widths = [
+        max(len(column), *(len(row[at]) for row in rows), 0) for at, column in enumerate(columns)
+    ]
+    for row in (columns, *rows):
+        cells = [
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for cell, width, column in zip(row, widths, columns, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr over ``total`` steps; call what it yields once a step, with its name.
+
+    Shown on a terminal with rich only, so that logs and pipes stay clean.
+    """
+    if not (sys.stderr.isatty() and _has_rich()):
+        yield lambda _name: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[step]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total, step="")
+        yield lambda name: bar.update(task, advance=1, step=name)
+
+
+def _has_rich() -> bool:
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,82 @@
+"""Every path and environment variable that cpgemm reads.
+
+======================  =======================================================================
+``CPGEMM_CACHE_DIR``    where rendered sources, cubins, logs and reports are kept
+                        (default: the user's cache folder of the platform)
+``CPGEMM_COMPILER``     ``nvrtc`` (default) or ``nvcc``
+``CPGEMM_NVCC``         the nvcc to call (default: ``nvcc`` on ``PATH``, then ``$CUDA_HOME/bin``)
+``CPGEMM_PDL``          ``1`` launches GEMMs with programmatic dependent launch (default ``0``)
+======================  =======================================================================
+
+Variables are read when they are needed, so that a test or a notebook can change them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from cpgemm.errors import reject
+
+__all__ = ["cache_dir", "compiler", "header_dir", "nvcc_path", "pdl", "template_dir"]
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _data_dir(name: str) -> Path:
+    """Package data of an installed wheel first, then the repository's top-level folder."""
+    for candidate in (_PACKAGE / name, _PACKAGE.parent / name):
+        if candidate.is_dir():
+            return candidate
+    raise FileNotFoundError(
+        f"cpgemm: the folder {name!r} is missing beside {_PACKAGE}; reinstall the package"
+    )
+
+
+def template_dir() -> Path:
+    """Folder of the Jinja templates (``*.cu.j2``, ``*.j2``)."""
+    return _data_dir("templates")
+
+
+def header_dir() -> Path:
+    """Folder of the CUDA headers (``*.cuh``)."""
+    return _data_dir("cuda_src")
+
+
+def cache_dir() -> Path:
+    """Folder of compiled kernels; not created here."""
+    chosen = os.environ.get("CPGEMM_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "cpgemm"
+
+
+def compiler() -> str:
+    """``"nvrtc"`` or ``"nvcc"``."""
+    name = os.environ.get("CPGEMM_COMPILER", "nvrtc").strip().lower()
+    if name not in ("nvrtc", "nvcc"):
+        reject("CPGEMM_COMPILER", "must be nvrtc or nvcc", repr(name), "Unset it to use NVRTC.")
+    return name
+
+
+def nvcc_path() -> str | None:
+    """The nvcc that ``CPGEMM_COMPILER=nvcc`` calls, or None when none is found."""
+    chosen = os.environ.get("CPGEMM_NVCC")
+    if chosen:
+        return chosen
+    found = shutil.which("nvcc")
+    if found:
+        return found
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    candidate = Path(home) / "bin" / "nvcc"
+    return str(candidate) if candidate.is_file() else None
+
+
+def pdl() -> bool:
+    """Whether GEMMs are launched with programmatic dependent launch."""
+    value = os.environ.get("CPGEMM_PDL", "0").strip()
+    if value not in ("0", "1"):
+        reject("CPGEMM_PDL", "must be 0 or 1", repr(value), "Unset it for plain launches.")
+    return value == "1"

@@ -1,0 +1,462 @@
+"""Quantising float arrays to e4m3 with fine-grained scales, on CPU and GPU with identical bits.
+
+For each block (what ``granularity`` says, see ``cpgemm.scaled``), in float32 with IEEE operations:
+
+1. ``amax`` = largest magnitude of the block's *finite* elements, raised to at least 2**-96 unless
+   it is 0.  (The bound keeps scale and inverse normal numbers.)
+2. A block without a finite element other than 0 gets scale 1 and inverse 1.  Otherwise:
+   ``"float32"``: scale = amax / 448, inverse = 448 / amax, each rounded once.
+   ``"pow2"``: scale = 2**e with the smallest integer e such that 2**e >= amax / 448 (exactly, not
+   of a rounded quotient), inverse = 2**-e.
+3. code = e4m3(x * inverse): the float32 product, rounded to nearest even and saturated at 448.
+   NaN and infinities become the code 0x7F (NaN, no sign).  Negative zero stays negative zero.
+
+448 is the largest finite e4m3fn number.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from cpgemm.errors import ArgumentTypeError, reject
+from cpgemm.scaled import (
+    BLOCK,
+    SCALE_FORMATS,
+    Array,
+    Granularity,
+    ScaledTensor,
+    ScaleFormat,
+    array_module,
+    byte_range,
+    check_granularity,
+    check_scale_format,
+    device_of,
+    empty_codes,
+    empty_scales,
+    is_array,
+    is_cupy,
+    pointer,
+    scale_shape,
+)
+
+if TYPE_CHECKING:
+    from cpgemm.render import KernelSource
+
+__all__ = ["QuantizeConfig", "quantize", "quantize_sources"]
+
+INPUT_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+_LARGEST_CODE = np.float32(448.0)
+_SMALLEST_AMAX = np.float32(2.0**-96)
+_NAN_CODE = 0x7F
+_INFINITY_BITS = 0x7F800000  # magnitudes from here on are infinity and NaN
+_CHUNK = 1 << 18  # elements that the NumPy path works on at a time: a few buffers of 1 MiB
+_ALIGNMENT = 16  # bytes that a thread loads at once
+_MAX_EXTENT = 1 << 30  # so that a kernel may count rows and columns with 32 bits
+_MAX_GRID_YZ = 65535
+
+
+# ------------------------------------------------------------------------------------ public face
+
+
+def quantize(
+    x: Array,
+    granularity: Granularity = (1, 128),
+    *,
+    scale_format: ScaleFormat = "float32",
+    out: ScaledTensor | None = None,
+) -> ScaledTensor:
+    """Quantise ``x`` with the rule of this module.
+
+    ``x``: float32, float16 or bfloat16, NumPy or CuPy, shape (R, K) or (G, R, K), rows contiguous
+    (they may be padded), K a multiple of 16, not necessarily of 128.  ``granularity`` (1, 128) or
+    (128, 128); (128, 1) quantises columns: R must be a multiple of 16 then, and the result is
+    the transpose of a quantised transpose, for which ``x`` is copied unless its columns are
+    contiguous.  A CuPy array is quantised by one launch on CuPy's current stream.
+
+    Returns a ``ScaledTensor`` where ``x`` is; only its data and scales are allocated.  With ``out``,
+    a tensor of the same shape, granularity and format, nothing is; ``out`` is filled and returned.
+
+    Raises ``ArgumentError`` or ``ArgumentTypeError`` for what breaks a rule, before anything is
+    written, and ``DeviceError`` for a GPU other than Hopper.
+    """
+    pair = check_granularity(granularity)
+    check_scale_format(scale_format)
+    _check_type(x)
+    if pair == (BLOCK, 1):
+        _check_block_axis(x.shape[-2])
+        if out is not None:
+            _check_out(x, out, pair, scale_format)
+        turned = _with_contiguous_rows(x.swapaxes(-1, -2))
+        return quantize(
+            turned, (1, BLOCK), scale_format=scale_format, out=None if out is None else out.T
+        ).T
+    _check_block_axis(x.shape[-1])
+    _check_rows(x)
+    if out is not None:
+        _check_out(x, out, pair, scale_format)
+    if is_cupy(x):
+        return _quantize_on_device(x, pair, scale_format, out)
+    result = out if out is not None else _allocate(x, pair, scale_format)
+    for group in np.ndindex(*x.shape[:-2]):
+        _quantize_on_host(x[group], result.data[group], result.scales[group], pair, scale_format)
+    return result
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """One of the quantising kernels: what is compiled in.  Shapes and strides are arguments."""
+
+    granularity: Granularity
+    dtype: str
+    scale_format: str
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether a scale serves 128 x 128 values rather than 1 x 128."""
+        return self.granularity == (BLOCK, BLOCK)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an input element."""
+        return INPUT_DTYPES[self.dtype].itemsize
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block.  By blocks, each has eight 16-byte loads under way."""
+        return 128 * self.element_bytes if self.by_blocks else 256
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that an SM must hold at once; this limits registers.
+
+        By rows 1280 threads with four loads each, by blocks 1024 with eight: 80 and 128 KiB under
+        way, where some 64 saturate the memory.
+        """
+        return (1024 if self.by_blocks else 1280) // self.threads
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that a block takes: by rows, each of 256 threads takes four."""
+        return BLOCK if self.by_blocks else 16
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns that a block takes: by rows, those of 1 KiB."""
+        return BLOCK if self.by_blocks else 1024 // self.element_bytes
+
+    @property
+    def entry(self) -> str:
+        """The kernel's symbol."""
+        return "quantize_blocks" if self.by_blocks else "quantize_rows"
+
+    @property
+    def name(self) -> str:
+        """Readable and unique among all kernels."""
+        return f"{self.entry}_{self.dtype}_{self.scale_format}"
+
+    def source(self) -> KernelSource:
+        """The rendered kernel."""
+        from cpgemm.render import render
+
+        return render(
+            f"{self.entry}.cu.j2", name=self.name, entry=self.entry, values={"config": self}
+        )
+
+    def grid(self, groups: int, rows: int, columns: int) -> tuple[int, int, int]:
+        """Blocks of a launch; tiles of one row are neighbours, for the sake of DRAM pages."""
+        return (
+            -(-columns // self.tile_columns),
+            min(-(-rows // self.tile_rows), _MAX_GRID_YZ),
+            groups,
+        )
+
+
+def quantize_sources() -> Iterator[KernelSource]:
+    """Every quantising kernel there is: 2 granularities x 3 input dtypes x 2 scale formats."""
+    for granularity, dtype, scale_format in itertools.product(
+        ((1, BLOCK), (BLOCK, BLOCK)), INPUT_DTYPES, SCALE_FORMATS
+    ):
+        yield QuantizeConfig(granularity, dtype, scale_format).source()
+
+
+# ------------------------------------------------------------------------------------- NumPy path
+
+
+def _quantize_on_host(
+    x: Array, data: Array, scales: Array, granularity: Granularity, scale_format: str
+) -> None:
+    """Quantise a (R, K) array into given arrays, by pieces of rows that stay in cache."""
+    rows, columns = x.shape
+    if rows == 0 or columns == 0:
+        return
+    kblocks = -(-columns // BLOCK)
+    block_rows = granularity[0]
+    step = -(-max(_CHUNK // (kblocks * BLOCK), 1) // block_rows) * block_rows
+    # Columns beyond K are zeros: they change no maximum.
+    buffer = np.zeros((min(step, rows), kblocks * BLOCK), np.float32)
+    scratch = np.empty(buffer.shape, np.uint32)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        values, magnitudes = buffer[:count], scratch[:count]
+        values[:, :columns] = x[start : start + count]
+        amax, not_finite = _largest_magnitudes(values, magnitudes, block_rows)
+        scale, inverse = _scales_of(amax, scale_format)
+        first = start // block_rows
+        scales[first : first + scale.shape[0]] = scale
+        by_row = inverse if block_rows == 1 else np.repeat(inverse, block_rows, axis=0)[:count]
+        blocked = values.reshape(count, kblocks, BLOCK)
+        blocked *= by_row[:, :, None]
+        np.clip(values, -_LARGEST_CODE, _LARGEST_CODE, out=values)
+        codes = data[start : start + count]
+        np.copyto(codes, values[:, :columns], casting="unsafe")
+        if not_finite is not None:
+            codes.view(np.uint8)[not_finite[:, :columns]] = _NAN_CODE
+
+
+def _largest_magnitudes(
+    values: Array, magnitudes: Array, block_rows: int
+) -> tuple[Array, Array | None]:
+    """Largest finite magnitude of each block, as float32, and where values are not finite.
+
+    Bits of magnitudes order as the magnitudes do, with infinity and NaN above all: one integer
+    maximum finds the largest and whether anything needs care.  Values that are not finite are
+    replaced by zeros; the mask is None when there are none.
+    """
+    np.bitwise_and(values.view(np.uint32), 0x7FFFFFFF, out=magnitudes)
+    by_row = magnitudes.reshape(values.shape[0], -1, BLOCK)
+    largest = by_row.max(axis=2)
+    not_finite = None
+    if (largest >= _INFINITY_BITS).any():
+        not_finite = magnitudes >= _INFINITY_BITS
+        magnitudes[not_finite] = 0
+        values[not_finite] = 0.0
+        largest = by_row.max(axis=2)
+    if block_rows > 1:
+        largest = np.maximum.reduceat(largest, np.arange(0, values.shape[0], block_rows), axis=0)
+    return largest.view(np.float32), not_finite
+
+
+def _scales_of(amax: Array, scale_format: str) -> tuple[Array, Array]:
+    """Scale and inverse, float32, of each amax (float32, finite)."""
+    bounded = np.maximum(amax, _SMALLEST_AMAX)
+    if scale_format == "float32":
+        scale, inverse = bounded / _LARGEST_CODE, _LARGEST_CODE / bounded
+    else:
+        # 448 = 1.75 * 2**8: a significand above 1.75 needs the next exponent.  The addition
+        # carries into the exponent exactly then.
+        exponent = (bounded.view(np.uint32) + np.uint32(0x1FFFFF)) >> np.uint32(23)
+        scale = ((exponent - np.uint32(8)) << np.uint32(23)).view(np.float32)
+        inverse = ((np.uint32(254 + 8) - exponent) << np.uint32(23)).view(np.float32)
+    zero = amax == 0
+    scale[zero] = 1.0
+    inverse[zero] = 1.0
+    return scale, inverse
+
+
+# -------------------------------------------------------------------------------------- CuPy path
+
+
+def _quantize_on_device(
+    x: Array, granularity: Granularity, scale_format: ScaleFormat, out: ScaledTensor | None
+) -> ScaledTensor:
+    _check_device_layout("x", x)
+    if out is not None:
+        _check_device_layout("out", out.data)
+    if x.size == 0:
+        return out if out is not None else _allocate(x, granularity, scale_format)
+    from cpgemm.compiler import load_kernel
+    from cpgemm.launch import launch
+
+    dtype = next(name for name, kind in INPUT_DTYPES.items() if x.dtype == kind)
+    config = QuantizeConfig(granularity, dtype, scale_format)
+    with x.device:
+        kernel = load_kernel(_source(config))
+        result = out if out is not None else _allocate(x, granularity, scale_format)
+        groups = x.shape[0] if x.ndim == 3 else 1
+        rows, columns = x.shape[-2:]
+        scales = result.scales
+        # What a kernel steps through the scales with: k-blocks or rows of blocks, then groups.
+        scale_step = scales.strides[-2 if config.by_blocks else -1] // 4
+        launch(
+            kernel,
+            grid=config.grid(groups, rows, columns),
+            block=config.threads,
+            args=[
+                np.uint64(pointer(x)),
+                np.uint64(pointer(result.data)),
+                np.uint64(pointer(scales)),
+                np.int32(rows),
+                np.int32(columns),
+                np.int64(x.strides[-2]),
+                np.int64(_group_stride(x)),
+                np.int64(result.data.strides[-2]),
+                np.int64(_group_stride(result.data)),
+                np.int64(scale_step),
+                np.int64(_group_stride(scales) // 4),
+            ],
+        )
+    return result
+
+
+_sources: dict[QuantizeConfig, KernelSource] = {}
+
+
+def _source(config: QuantizeConfig) -> KernelSource:
+    """The rendered kernel, rendered once in a process."""
+    if config not in _sources:
+        _sources[config] = config.source()
+    return _sources[config]
+
+
+def _group_stride(array: Array) -> int:
+    return int(array.strides[0]) if array.ndim == 3 else 0
+
+
+# ------------------------------------------------------------------------------------- both paths
+
+
+def _allocate(x: Array, granularity: Granularity, scale_format: ScaleFormat) -> ScaledTensor:
+    xp = array_module(x)
+    rows, kblocks = scale_shape(x.shape, granularity)[-2:]
+    groups = x.shape[0] if x.ndim == 3 else None
+    scales = empty_scales(rows, kblocks, granularity, xp, groups=groups)
+    return ScaledTensor(empty_codes(x.shape, xp), scales, granularity, scale_format)
+
+
+def _with_contiguous_rows(x: Array) -> Array:
+    """``x`` itself when its rows are contiguous, else a copy."""
+    if x.shape[-1] < 2 or x.strides[-1] == x.itemsize:
+        return x
+    # As integers, because those can be copied everywhere.
+    bits = x.view(np.uint16 if x.itemsize == 2 else np.uint32)
+    return array_module(x).ascontiguousarray(bits).view(x.dtype)
+
+
+def _check_type(x: Array) -> None:
+    if not is_array(x):
+        reject(
+            "x",
+            "must be a NumPy or a CuPy array",
+            type(x).__qualname__,
+            "Convert it, for example with numpy.asarray or cupy.from_dlpack.",
+            kind=ArgumentTypeError,
+        )
+    if x.dtype not in INPUT_DTYPES.values():
+        reject(
+            "x",
+            "must have dtype float32, float16 or bfloat16",
+            x.dtype,
+            "Convert it with astype.",
+            kind=ArgumentTypeError,
+        )
+    if x.ndim not in (2, 3):
+        reject(
+            "x",
+            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
+            f"{x.ndim} axes, shape {x.shape}",
+            "Reshape it.",
+        )
+
+
+def _check_block_axis(extent: int) -> None:
+    if extent % 16:
+        reject(
+            "x",
+            "its extent along the 128 values that share a scale must be a multiple of 16",
+            extent,
+            "Pad it with zeros.",
+        )
+
+
+def _check_rows(x: Array) -> None:
+    if x.size and x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
+        reject(
+            "x",
+            "must have contiguous rows",
+            f"shape {x.shape} with strides {x.strides}",
+            "Copy it with ascontiguousarray, or quantise its transpose.",
+        )
+
+
+def _check_device_layout(argument: str, array: Array) -> None:
+    """What the kernels need beyond what NumPy needs."""
+    if array.size == 0:
+        return
+    pitches = [
+        stride
+        for extent, stride in zip(array.shape[:-1], array.strides[:-1], strict=True)
+        if extent > 1
+    ]
+    if pointer(array) % _ALIGNMENT or any(pitch % _ALIGNMENT for pitch in pitches):
+        reject(
+            argument,
+            "its address and its row and group pitches must be multiples of 16 bytes on a GPU",
+            f"address {pointer(array):#x}, pitches {pitches}",
+            "Copy it with cupy.ascontiguousarray.",
+        )
+    if max(array.shape[-2:]) > _MAX_EXTENT or (array.ndim == 3 and array.shape[0] > _MAX_GRID_YZ):
+        reject(
+            argument,
+            f"at most {_MAX_GRID_YZ} groups of {_MAX_EXTENT} rows and columns on a GPU",
+            f"shape {array.shape}",
+            "Quantise it by parts.",
+        )
+
+
+def _check_out(
+    x: Array, out: ScaledTensor, granularity: Granularity, scale_format: ScaleFormat
+) -> None:
+    if not isinstance(out, ScaledTensor):
+        reject(
+            "out",
+            "must be a ScaledTensor",
+            type(out).__qualname__,
+            "Leave it out to have one made.",
+            kind=ArgumentTypeError,
+        )
+    wanted = (tuple(x.shape), granularity, scale_format, device_of(x))
+    if (out.shape, out.granularity, out.scale_format, out.device) != wanted:
+        reject(
+            "out",
+            "must have the shape {}, granularity {}, format {!r} and device {!r}".format(*wanted),
+            repr(out),
+            "Leave it out to have one made.",
+        )
+    if not (out if granularity != (BLOCK, 1) else out.T).is_k_major:
+        reject(
+            "out",
+            "must have 16-byte aligned rows along the blocks and scales in their standard layout",
+            f"{out!r} with strides {out.data.strides} and {out.scales.strides}",
+            "Leave it out to have one made.",
+        )
+    for name, array in (("data", out.data), ("scales", out.scales)):
+        if not is_cupy(array) and not array.flags.writeable:
+            reject("out", "must be writable", f"read-only {name}", "Give a copy.")
+        if _overlap(x, array):
+            reject(
+                "out",
+                "must not overlap x",
+                f"{name} at {_hexadecimal(array)}, x at {_hexadecimal(x)}",
+                "Give memory of its own.",
+            )
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    (a_low, a_high), (b_low, b_high) = byte_range(a), byte_range(b)
+    return a_low < b_high and b_low < a_high
+
+
+def _hexadecimal(array: Array) -> str:
+    low, high = byte_range(array)
+    return f"{low:#x}..{high:#x}"

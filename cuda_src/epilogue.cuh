@@ -1,0 +1,80 @@
+// From float32 accumulators in wgmma's D fragment to D in global memory.
+//
+// add_c        reads C where the fragment's elements lie and adds it.
+// store_bf16   rounds to bfloat16, stages the rows of one wave in shared memory (TMA's swizzle keeps
+//              stmatrix free of bank conflicts); the caller issues the TMA store.
+// store_direct writes pairs from registers: with float32 the 4 lanes of a quad fill whole 32-byte sectors.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace epilogue {
+
+__device__ __forceinline__ float2 load_pair(const float* pointer) { return *reinterpret_cast<const float2*>(pointer); }
+
+// Two bfloat16 widen to float32 by a shift: they are its upper halves.
+__device__ __forceinline__ float2 load_pair(const u16* pointer) {
+    const u32 both = *reinterpret_cast<const u32*>(pointer);
+    return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+}
+
+// `row` and `column` are this thread's first element in the matrix; rows row and row + 8 are its own.
+template <int kN, typename Element>
+__device__ __forceinline__ void add_c(
+    float (&total)[kN / 2], const Element* c, long long pitch, int row, int column, int m, int n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (row + 8 * half >= m) break;
+        const Element* line = c + static_cast<long long>(row + 8 * half) * pitch;
+#pragma unroll
+        for (int j = 0; j < kN / 8; ++j) {
+            if (column + 8 * j >= n) break;
+            const float2 pair = load_pair(line + column + 8 * j);
+            total[4 * j + 2 * half] += pair.x;
+            total[4 * j + 2 * half + 1] += pair.y;
+        }
+    }
+}
+
+__device__ __forceinline__ void store_pair(float* pointer, float x, float y) {
+    *reinterpret_cast<float2*>(pointer) = make_float2(x, y);
+}
+
+__device__ __forceinline__ void store_pair(u16* pointer, float x, float y) {
+    *reinterpret_cast<u32*>(pointer) = ptx::pack_bfloat16(x, y);
+}
+
+template <int kN, typename Element>
+__device__ __forceinline__ void store_direct(
+    const float (&total)[kN / 2], Element* d, long long pitch, int row, int column, int m, int n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (row + 8 * half >= m) break;
+        Element* line = d + static_cast<long long>(row + 8 * half) * pitch;
+#pragma unroll
+        for (int j = 0; j < kN / 8; ++j) {
+            if (column + 8 * j >= n) break;
+            store_pair(line + column + 8 * j, total[4 * j + 2 * half], total[4 * j + 2 * half + 1]);
+        }
+    }
+}
+
+// The staging buffer holds kN / kChunk chunks of kRows rows by kChunk columns; a row of a chunk is as
+// wide as TMA's swizzle span (128, 64 or 32 bytes), in which address bits 4.. are XORed with bits 7...
+template <int kN, int kRows, int kChunk>
+__device__ __forceinline__ void store_bf16(const float (&total)[kN / 2], u32 buffer, int first_row, int lane) {
+    constexpr u32 kRowBytes = kChunk * 2;
+    constexpr u32 kSwizzle = (kRowBytes - 1) & 0x70u;
+    const u32 line = (first_row + lane % 16) * kRowBytes;
+#pragma unroll
+    for (int column = 0; column < kN; column += 16) {
+        const u32 offset = line + (column % kChunk) * 2 + (lane / 16) * 16;
+        const u32 address = buffer + (column / kChunk) * (kRows * kRowBytes) + (offset ^ ((offset >> 3) & kSwizzle));
+        const int i = column / 2;
+        ptx::stmatrix_x4(
+            address, ptx::pack_bfloat16(total[i + 0], total[i + 1]), ptx::pack_bfloat16(total[i + 2], total[i + 3]),
+            ptx::pack_bfloat16(total[i + 4], total[i + 5]), ptx::pack_bfloat16(total[i + 6], total[i + 7]));
+    }
+}
+
+}  // namespace epilogue
