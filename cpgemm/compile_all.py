@@ -124,7 +124,7 @@ def _cores() -> int:
 
 def print_rows(rows: Sequence[CompileRow]) -> None:
     """The table that people read; the JSON file has every number."""
-    numbers = ("seconds", "regs", "spill", "local", "shared", "wgmma", "TMA ld", "TMA st")
+    numbers = ("s", "regs", "spill", "local", "shared", "wgmma", "TMA ld", "TMA st")
     columns = ("kernel", *numbers, "serialised", "from")
     cells = [
         (
@@ -138,7 +138,7 @@ def print_rows(rows: Sequence[CompileRow]) -> None:
             str(row.tma_loads),
             str(row.tma_stores),
             "yes" if row.serialized else "no",
-            "cache" if row.cached else "compiler",
+            "cache" if row.cached else "new",
         )
         if row.error is None
         else (row.name, *("-" for _ in numbers), "-", "REFUSED")

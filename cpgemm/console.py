@@ -5,35 +5,50 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 __all__ = ["print_table", "progress"]
+
+_NARROWEST = 20  # columns of a terminal that a wrapped cell gets at least
 
 
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()
 ) -> None:
-    """Print ``rows`` under ``columns`` on stdout; columns named in ``numbers`` align right."""
+    """Print ``rows`` under ``columns`` on stdout; columns named in ``numbers`` align right.
+
+    On a terminal, text columns after the first wrap; names and numbers never do.  Where those alone
+    are too wide, plain lines are printed, which the terminal breaks and the user can widen.
+    """
+    widths = [
+        max([len(column), *(len(row[at]) for row in rows)]) for at, column in enumerate(columns)
+    ]
+    fixed = [at == 0 or column in numbers for at, column in enumerate(columns)]
     if sys.stdout.isatty() and _has_rich():
         from rich import box
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in columns:
-            table.add_column(column, justify="right" if column in numbers else "left")
-        for row in rows:
-            # Text, not markup: a cell such as "cpgemm[cuda12]" is no style.
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
-        return
-    widths = [
-        max(len(column), *(len(row[at]) for row in rows), 0) for at, column in enumerate(columns)
-    ]
-    for row in (columns, *rows):
+        console = Console()
+        needed = sum(
+            (width if stays else min(width, _NARROWEST)) + 2
+            for width, stays in zip(widths, fixed, strict=True)
+        )
+        if needed <= console.width:
+            table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+            for column, stays in zip(columns, fixed, strict=True):
+                justify: Literal["left", "right"] = "right" if column in numbers else "left"
+                table.add_column(column, justify=justify, no_wrap=stays)
+            for row in rows:
+                # Text, not markup: a cell such as "cpgemm[cuda12]" is no style.
+                table.add_row(*(Text(cell) for cell in row))
+            console.print(table)
+            return
+    for line in (columns, *rows):
         cells = [
             cell.rjust(width) if column in numbers else cell.ljust(width)
-            for cell, width, column in zip(row, widths, columns, strict=True)
+            for cell, width, column in zip(line, widths, columns, strict=True)
         ]
         print("  ".join(cells).rstrip())
 

@@ -11,23 +11,21 @@ For each block (what ``granularity`` says, see ``cpgemm.scaled``), in float32 wi
 3. code = e4m3(x * inverse): the float32 product, rounded to nearest even and saturated at 448.
    NaN and infinities become the code 0x7F (NaN, no sign).  Negative zero stays negative zero.
 
-448 is the largest finite e4m3fn number.
+448 is the largest finite e4m3fn number.  Rounding up may take the largest code times the scale
+beyond float32 for magnitudes from 31/32 * 2**128 on; ``dequantize`` to float64 holds them.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING
 
-import ml_dtypes
 import numpy as np
 
 from cpgemm.errors import ArgumentTypeError, reject
+from cpgemm.quantize_kernels import INPUT_DTYPES, MAX_GRID_YZ, QuantizeConfig, quantize_sources
 from cpgemm.scaled import (
     BLOCK,
-    SCALE_FORMATS,
     Array,
     Granularity,
     ScaledTensor,
@@ -50,12 +48,6 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizeConfig", "quantize", "quantize_sources"]
 
-INPUT_DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-
 _LARGEST_CODE = np.float32(448.0)
 _SMALLEST_AMAX = np.float32(2.0**-96)
 _NAN_CODE = 0x7F
@@ -63,7 +55,6 @@ _INFINITY_BITS = 0x7F800000  # magnitudes from here on are infinity and NaN
 _CHUNK = 1 << 18  # elements that the NumPy path works on at a time: a few buffers of 1 MiB
 _ALIGNMENT = 16  # bytes that a thread loads at once
 _MAX_EXTENT = 1 << 30  # so that a kernel may count rows and columns with 32 bits
-_MAX_GRID_YZ = 65535
 
 
 # ------------------------------------------------------------------------------------ public face
@@ -84,8 +75,9 @@ def quantize(
     the transpose of a quantised transpose, for which ``x`` is copied unless its columns are
     contiguous.  A CuPy array is quantised by one launch on CuPy's current stream.
 
-    Returns a ``ScaledTensor`` where ``x`` is; only its data and scales are allocated.  With ``out``,
-    a tensor of the same shape, granularity and format, nothing is; ``out`` is filled and returned.
+    Returns a ``ScaledTensor`` where ``x`` is; only its data and scales are allocated.  With
+    ``out``, a tensor of the same shape, granularity and format, nothing is; ``out`` is filled and
+    returned.
 
     Raises ``ArgumentError`` or ``ArgumentTypeError`` for what breaks a rule, before anything is
     written, and ``DeviceError`` for a GPU other than Hopper.
@@ -111,83 +103,6 @@ def quantize(
     for group in np.ndindex(*x.shape[:-2]):
         _quantize_on_host(x[group], result.data[group], result.scales[group], pair, scale_format)
     return result
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """One of the quantising kernels: what is compiled in.  Shapes and strides are arguments."""
-
-    granularity: Granularity
-    dtype: str
-    scale_format: str
-
-    @property
-    def by_blocks(self) -> bool:
-        """Whether a scale serves 128 x 128 values rather than 1 x 128."""
-        return self.granularity == (BLOCK, BLOCK)
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of an input element."""
-        return INPUT_DTYPES[self.dtype].itemsize
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block.  By blocks, each has eight 16-byte loads under way."""
-        return 128 * self.element_bytes if self.by_blocks else 256
-
-    @property
-    def blocks_per_sm(self) -> int:
-        """Blocks that an SM must hold at once; this limits registers.
-
-        By rows 1280 threads with four loads each, by blocks 1024 with eight: 80 and 128 KiB under
-        way, where some 64 saturate the memory.
-        """
-        return (1024 if self.by_blocks else 1280) // self.threads
-
-    @property
-    def tile_rows(self) -> int:
-        """Rows that a block takes: by rows, each of 256 threads takes four."""
-        return BLOCK if self.by_blocks else 16
-
-    @property
-    def tile_columns(self) -> int:
-        """Columns that a block takes: by rows, those of 1 KiB."""
-        return BLOCK if self.by_blocks else 1024 // self.element_bytes
-
-    @property
-    def entry(self) -> str:
-        """The kernel's symbol."""
-        return "quantize_blocks" if self.by_blocks else "quantize_rows"
-
-    @property
-    def name(self) -> str:
-        """Readable and unique among all kernels."""
-        return f"{self.entry}_{self.dtype}_{self.scale_format}"
-
-    def source(self) -> KernelSource:
-        """The rendered kernel."""
-        from cpgemm.render import render
-
-        return render(
-            f"{self.entry}.cu.j2", name=self.name, entry=self.entry, values={"config": self}
-        )
-
-    def grid(self, groups: int, rows: int, columns: int) -> tuple[int, int, int]:
-        """Blocks of a launch; tiles of one row are neighbours, for the sake of DRAM pages."""
-        return (
-            -(-columns // self.tile_columns),
-            min(-(-rows // self.tile_rows), _MAX_GRID_YZ),
-            groups,
-        )
-
-
-def quantize_sources() -> Iterator[KernelSource]:
-    """Every quantising kernel there is: 2 granularities x 3 input dtypes x 2 scale formats."""
-    for granularity, dtype, scale_format in itertools.product(
-        ((1, BLOCK), (BLOCK, BLOCK)), INPUT_DTYPES, SCALE_FORMATS
-    ):
-        yield QuantizeConfig(granularity, dtype, scale_format).source()
 
 
 # ------------------------------------------------------------------------------------- NumPy path
@@ -309,14 +224,10 @@ def _quantize_on_device(
     return result
 
 
-_sources: dict[QuantizeConfig, KernelSource] = {}
-
-
+@functools.cache
 def _source(config: QuantizeConfig) -> KernelSource:
-    """The rendered kernel, rendered once in a process."""
-    if config not in _sources:
-        _sources[config] = config.source()
-    return _sources[config]
+    """The kernel, rendered once in a process."""
+    return config.source()
 
 
 def _group_stride(array: Array) -> int:
@@ -405,10 +316,10 @@ def _check_device_layout(argument: str, array: Array) -> None:
             f"address {pointer(array):#x}, pitches {pitches}",
             "Copy it with cupy.ascontiguousarray.",
         )
-    if max(array.shape[-2:]) > _MAX_EXTENT or (array.ndim == 3 and array.shape[0] > _MAX_GRID_YZ):
+    if max(array.shape[-2:]) > _MAX_EXTENT or (array.ndim == 3 and array.shape[0] > MAX_GRID_YZ):
         reject(
             argument,
-            f"at most {_MAX_GRID_YZ} groups of {_MAX_EXTENT} rows and columns on a GPU",
+            f"at most {MAX_GRID_YZ} groups of {_MAX_EXTENT} rows and columns on a GPU",
             f"shape {array.shape}",
             "Quantise it by parts.",
         )

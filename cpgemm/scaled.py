@@ -20,21 +20,47 @@ about types, shapes and strides.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from cpgemm.errors import ArgumentTypeError, reject
+from cpgemm.layout import (
+    ALIGNMENT,
+    BLOCK,
+    FP8,
+    GRANULARITIES,
+    SCALE_FORMATS,
+    Array,
+    Granularity,
+    ScaleFormat,
+    array_module,
+    byte_range,
+    device_of,
+    empty_codes,
+    empty_scales,
+    fp8_view,
+    is_array,
+    is_cupy,
+    is_k_contiguous,
+    is_row_major,
+    pointer,
+    relaid,
+    scale_pitch,
+    scale_shape,
+    scales_in_layout,
+)
 
 __all__ = [
     "BLOCK",
     "FP8",
     "GRANULARITIES",
     "SCALE_FORMATS",
+    "Array",
+    "Granularity",
+    "ScaleFormat",
     "ScaledTensor",
     "array_module",
     "byte_range",
@@ -51,164 +77,10 @@ __all__ = [
     "scale_shape",
 ]
 
-# NumPy's stubs know nothing of ml_dtypes or CuPy, so that a precise array type would only be noise.
-Array = Any
-Granularity = tuple[int, int]
-ScaleFormat = Literal["float32", "pow2"]
-
-BLOCK = 128
-FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-GRANULARITIES: tuple[Granularity, ...] = ((1, BLOCK), (BLOCK, BLOCK), (BLOCK, 1))
-SCALE_FORMATS: tuple[str, ...] = ("float32", "pow2")
-
-_ALIGNMENT = 16  # bytes; TMA's rule for addresses and pitches
 _DEQUANTIZED = tuple(
     np.dtype(kind) for kind in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)
 )
 _CHUNK = 1 << 18  # elements that dequantize works on at a time, so that temporaries stay in cache
-
-
-# ------------------------------------------------------------------------------- array helpers
-
-
-def is_cupy(x: object) -> bool:
-    """Whether ``x`` is a CuPy array; never imports CuPy."""
-    cupy = sys.modules.get("cupy")
-    kind = getattr(cupy, "ndarray", None)  # None while CuPy itself is being imported
-    return kind is not None and isinstance(x, kind)
-
-
-def is_array(x: object) -> bool:
-    """Whether ``x`` is a NumPy or a CuPy array."""
-    return isinstance(x, np.ndarray) or is_cupy(x)
-
-
-def array_module(x: object) -> Any:
-    """``cupy`` for a CuPy array, ``numpy`` for everything else."""
-    return sys.modules["cupy"] if is_cupy(x) else np
-
-
-def device_of(x: Array) -> str:
-    """``"cpu"`` or ``"cuda:<ordinal>"`` of a NumPy or CuPy array."""
-    return f"cuda:{x.device.id}" if is_cupy(x) else "cpu"
-
-
-def pointer(x: Array) -> int:
-    """Address of the first element of a NumPy or CuPy array."""
-    return int(x.data.ptr) if is_cupy(x) else int(x.__array_interface__["data"][0])
-
-
-def byte_range(x: Array) -> tuple[int, int]:
-    """First address and one-past-last address that an array's elements span (0, 0 when empty)."""
-    if x.size == 0:
-        return (0, 0)
-    low = high = pointer(x)
-    for extent, stride in zip(x.shape, x.strides, strict=True):
-        reach = (extent - 1) * stride
-        low += min(reach, 0)
-        high += max(reach, 0)
-    return (low, high + x.itemsize)
-
-
-def fp8_view(codes: Array) -> Array:
-    """A uint8 array of any strides seen as float8_e4m3fn; no copy."""
-    return codes.view(FP8)
-
-
-def _aligned_empty(shape: Sequence[int], dtype: Any, xp: Any) -> Array:
-    """C-contiguous uninitialised array whose base is aligned to 16 bytes."""
-    if xp is not np:
-        return xp.empty(tuple(shape), dtype=dtype)  # CuPy allocates in units of 512 bytes
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    raw = np.empty(size + _ALIGNMENT, dtype=np.uint8)
-    start = -pointer(raw) % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(tuple(shape))
-
-
-def empty_codes(shape: Sequence[int], xp: Any = np) -> Array:
-    """Uninitialised float8_e4m3fn array, contiguous along the last axis, rows 16-byte aligned.
-
-    The row pitch is the last extent rounded up to 16 bytes; ``shape`` has two or three axes.
-    """
-    *outer, columns = shape
-    pitch = -(-columns // _ALIGNMENT) * _ALIGNMENT
-    return fp8_view(_aligned_empty((*outer, pitch), np.uint8, xp)[..., :columns])
-
-
-# ------------------------------------------------------------------------------- scale layouts
-
-
-def scale_shape(shape: Sequence[int], granularity: Granularity) -> tuple[int, ...]:
-    """Logical shape of the scales of data of ``shape`` (..., R, K)."""
-    *outer, rows, columns = shape
-    return (*outer, -(-rows // granularity[0]), -(-columns // granularity[1]))
-
-
-def scale_pitch(rows: int) -> int:
-    """Floats between two k-blocks of rows-fastest scales: ``rows`` rounded up to 4."""
-    return -(-rows // 4) * 4
-
-
-def empty_scales(
-    rows: int, kblocks: int, granularity: Granularity, xp: Any = np, *, groups: int | None = None
-) -> Array:
-    """Uninitialised float32 scales in the layout that ``granularity`` asks for.
-
-    ``rows`` and ``kblocks`` are the last two extents that ``scale_shape`` gives; ``groups`` is the
-    leading extent of three-dimensional data, None for two dimensions.  ``xp`` is the array module.
-    """
-    outer = () if groups is None else (groups,)
-    if granularity == (BLOCK, 1):
-        return empty_scales(kblocks, rows, (1, BLOCK), xp, groups=groups).swapaxes(-1, -2)
-    if granularity == (BLOCK, BLOCK):
-        return _aligned_empty((*outer, rows, kblocks), np.float32, xp)
-    storage = _aligned_empty((*outer, kblocks, scale_pitch(rows)), np.float32, xp)
-    return storage[..., :rows].swapaxes(-1, -2)
-
-
-def _is_rows_fastest(scales: Array) -> bool:
-    rows, kblocks = scales.shape[-2:]
-    row_stride, block_stride = scales.strides[-2:]
-    if scales.size == 0:
-        return True
-    if pointer(scales) % _ALIGNMENT or (rows > 1 and row_stride != 4):
-        return False
-    if kblocks > 1 and (block_stride % _ALIGNMENT or block_stride < 4 * rows):
-        return False
-    inner = (kblocks - 1) * block_stride + 4 * rows
-    return _groups_apart(scales, inner) and (
-        scales.ndim == 2 or scales.shape[0] < 2 or scales.strides[0] % _ALIGNMENT == 0
-    )
-
-
-def _is_row_major(scales: Array) -> bool:
-    return bool(scales.flags.c_contiguous) and pointer(scales) % 4 == 0
-
-
-def _groups_apart(array: Array, inner: int) -> bool:
-    """Whether the groups of a 3-D array, ``inner`` bytes long each, follow one another."""
-    return array.ndim == 2 or array.shape[0] < 2 or array.strides[0] >= inner
-
-
-def _scales_in_layout(scales: Array, granularity: Granularity) -> bool:
-    if granularity == (1, BLOCK):
-        return _is_rows_fastest(scales)
-    if granularity == (BLOCK, 1):
-        return _is_rows_fastest(scales.swapaxes(-1, -2))
-    return _is_row_major(scales)
-
-
-def _is_k_contiguous(data: Array) -> bool:
-    """Rows contiguous, following one another without overlap."""
-    rows, columns = data.shape[-2:]
-    row_stride, column_stride = data.strides[-2:]
-    item = data.itemsize
-    if data.size == 0:
-        return True
-    if (columns > 1 and column_stride != item) or (rows > 1 and row_stride < columns * item):
-        return False
-    last_row = (rows - 1) * row_stride if rows > 1 else 0
-    return _groups_apart(data, last_row + columns * item)
 
 
 # ---------------------------------------------------------------------------------- validation
@@ -263,7 +135,7 @@ def _check_data(data: Array) -> None:
             f"{data.ndim} axes, shape {data.shape}",
             "Reshape it.",
         )
-    if not (_is_k_contiguous(data) or _is_k_contiguous(data.swapaxes(-1, -2))):
+    if not (is_k_contiguous(data) or is_k_contiguous(data.swapaxes(-1, -2))):
         reject(
             "data",
             "must be contiguous along one of its last two axes, without overlap",
@@ -334,8 +206,8 @@ class ScaledTensor:
         check_scale_format(self.scale_format)
         _check_scales(self.data, self.scales, granularity)
         object.__setattr__(self, "granularity", granularity)
-        flipped = granularity == (BLOCK, BLOCK) and _is_row_major(self.scales.swapaxes(-1, -2))
-        if not (flipped or _scales_in_layout(self.scales, granularity)):
+        flipped = granularity == (BLOCK, BLOCK) and is_row_major(self.scales.swapaxes(-1, -2))
+        if not (flipped or scales_in_layout(self.scales, granularity)):
             layout = "row-major and contiguous"
             if granularity != (BLOCK, BLOCK):
                 layout = "rows-fastest with a 16-byte aligned base and pitch"
@@ -368,8 +240,8 @@ class ScaledTensor:
         pair = check_granularity(granularity)
         check_scale_format(scale_format)
         _check_scales(data, scales, pair)
-        if not _scales_in_layout(scales, pair):
-            scales = _relaid(scales, pair)
+        if not scales_in_layout(scales, pair):
+            scales = relaid(scales, pair)
         return cls(data, scales, pair, scale_format)
 
     @property
@@ -395,7 +267,7 @@ class ScaledTensor:
     @property
     def is_k_major(self) -> bool:
         """Whether ``k_major`` would return this very tensor."""
-        return self._data_is_k_major() and _scales_in_layout(self.scales, self.granularity)
+        return self._data_is_k_major() and scales_in_layout(self.scales, self.granularity)
 
     @property
     def scales_pitch(self) -> int:
@@ -407,7 +279,7 @@ class ScaledTensor:
         """
         rows, kblocks = self.scales.shape[-2:]
         if self.granularity == (BLOCK, BLOCK):
-            return int(kblocks if _is_row_major(self.scales) else rows)
+            return int(kblocks if is_row_major(self.scales) else rows)
         fast, slow = (-2, -1) if self.granularity == (1, BLOCK) else (-1, -2)
         if self.scales.shape[slow] > 1 and self.scales.size:
             return int(self.scales.strides[slow]) // 4
@@ -438,15 +310,16 @@ class ScaledTensor:
             data = empty_codes(self.shape, array_module(data))
             # As bytes, because CuPy has no copy kernels for FP8.
             data.view(np.uint8)[...] = self.data.view(np.uint8)
-        if not _scales_in_layout(scales, self.granularity):
-            scales = _relaid(scales, self.granularity)
+        if not scales_in_layout(scales, self.granularity):
+            scales = relaid(scales, self.granularity)
         return ScaledTensor(data, scales, self.granularity, self.scale_format)
 
     def dequantize(self, dtype: Any = np.float32) -> Array:
         """The values that this tensor stands for, as a new C-contiguous array of ``shape``.
 
         ``dtype``: float32 (each value is the float32 product of code and scale), float64 (the exact
-        product), float16 or bfloat16 (the float32 product, rounded once more).
+        product), float16 or bfloat16 (the float32 product, rounded once more).  What exceeds the
+        dtype is infinite: in float32 that can be magnitudes within 1/32 of its largest number.
         """
         try:
             target = np.dtype(dtype)
@@ -475,20 +348,21 @@ class ScaledTensor:
                 stop = min(start + step, rows)
                 block_row = xp.arange(start, stop) // self.granularity[0]
                 values = table[codes[start:stop]]
-                _scale_blocks(values, scales[block_row].astype(work))
-                out[group][start:stop] = values
+                with np.errstate(over="ignore"):  # as on a GPU
+                    _scale_blocks(values, scales[block_row].astype(work))
+                    out[group][start:stop] = values
         return out
 
     def _data_is_k_major(self) -> bool:
         data = self.data
         if data.size == 0:
             return True
-        aligned = pointer(data) % _ALIGNMENT == 0 and all(
-            stride % _ALIGNMENT == 0
+        aligned = pointer(data) % ALIGNMENT == 0 and all(
+            stride % ALIGNMENT == 0
             for extent, stride in zip(data.shape[:-1], data.strides[:-1], strict=True)
             if extent > 1
         )
-        return aligned and _is_k_contiguous(data)
+        return aligned and is_k_contiguous(data)
 
     def __repr__(self) -> str:
         order = "K-major" if self.is_k_major else "not K-major"
@@ -496,16 +370,6 @@ class ScaledTensor:
             f"ScaledTensor(shape={self.shape}, granularity={self.granularity}, "
             f"scale_format={self.scale_format!r}, device={self.device!r}, {order})"
         )
-
-
-def _relaid(scales: Array, granularity: Granularity) -> Array:
-    """A copy of ``scales`` in the layout that ``granularity`` asks for."""
-    groups = scales.shape[0] if scales.ndim == 3 else None
-    copy = empty_scales(
-        scales.shape[-2], scales.shape[-1], granularity, array_module(scales), groups=groups
-    )
-    copy[...] = scales
-    return copy
 
 
 def _scale_blocks(values: Array, scales: Array) -> None:

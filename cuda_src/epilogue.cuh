@@ -24,14 +24,15 @@ __device__ __forceinline__ void add_c(
     float (&total)[kN / 2], const Element* c, long long pitch, int row, int column, int m, int n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        if (row + 8 * half >= m) break;
+        if (row + 8 * half >= m) continue;
         const Element* line = c + static_cast<long long>(row + 8 * half) * pitch;
 #pragma unroll
         for (int j = 0; j < kN / 8; ++j) {
-            if (column + 8 * j >= n) break;
-            const float2 pair = load_pair(line + column + 8 * j);
-            total[4 * j + 2 * half] += pair.x;
-            total[4 * j + 2 * half + 1] += pair.y;
+            if (column + 8 * j < n) {
+                const float2 pair = load_pair(line + column + 8 * j);
+                total[4 * j + 2 * half] += pair.x;
+                total[4 * j + 2 * half + 1] += pair.y;
+            }
         }
     }
 }
@@ -49,12 +50,13 @@ __device__ __forceinline__ void store_direct(
     const float (&total)[kN / 2], Element* d, long long pitch, int row, int column, int m, int n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        if (row + 8 * half >= m) break;
+        if (row + 8 * half >= m) continue;
         Element* line = d + static_cast<long long>(row + 8 * half) * pitch;
 #pragma unroll
         for (int j = 0; j < kN / 8; ++j) {
-            if (column + 8 * j >= n) break;
-            store_pair(line + column + 8 * j, total[4 * j + 2 * half], total[4 * j + 2 * half + 1]);
+            if (column + 8 * j < n) {
+                store_pair(line + column + 8 * j, total[4 * j + 2 * half], total[4 * j + 2 * half + 1]);
+            }
         }
     }
 }

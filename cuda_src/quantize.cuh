@@ -236,7 +236,7 @@ __device__ __forceinline__ void encode_chunk(const Chunk& chunk, float inverse,
 // -------------------------------------------------------------------------------------- reductions
 
 // Four maxima over kLanes neighbouring lanes at once: lane i gets that of peak[i % 4].
-// The first two exchanges also halve the number of values; 4 to 6 shuffles do the work of 16 to 20.
+// The first two exchanges also halve the number of values; 5 or 6 shuffles do the work of 16 or 20.
 template <int kLanes>
 __device__ __forceinline__ float reduce_four(const float (&peak)[4], int lane) {
   const bool odd = lane & 1;
