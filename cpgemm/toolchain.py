@@ -59,7 +59,14 @@ class Nvrtc(Toolchain):
         return _nvrtc_version()
 
     def options(self, arch: str) -> tuple[str, ...]:
-        return (f"arch={arch}", "std=c++17", "ftz=false", "no-source-include", *PTXAS_OPTIONS)
+        return (
+            f"arch={arch}",
+            "std=c++17",
+            "ftz=false",
+            "no-source-include",
+            "no-cache",
+            *PTXAS_OPTIONS,
+        )
 
     def compile(self, source: KernelSource, arch: str) -> tuple[bytes, str, float]:
         try:
@@ -73,6 +80,8 @@ class Nvrtc(Toolchain):
             ftz=False,
             # Without it NVRTC would also look for headers in the current folder.
             no_source_include=True,
+            # NVRTC 13 keeps results of its own; a hit has no log, and the log is what is checked.
+            no_cache=True,
             include_path=[str(env.header_dir())],
             ptxas_options=list(PTXAS_OPTIONS),
         )

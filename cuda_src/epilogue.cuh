@@ -1,8 +1,9 @@
 // From float32 accumulators in wgmma's D fragment to D in global memory.
 //
 // add_c        reads C where the fragment's elements lie and adds it.
-// store_bf16   rounds to bfloat16, stages the rows of one wave in shared memory (TMA's swizzle keeps
-//              stmatrix free of bank conflicts); the caller issues the TMA store.
+// stage_bf16   rounds to bfloat16 and stages the rows of one wave in shared memory (TMA's swizzle keeps
+//              stmatrix free of bank conflicts).
+// store_staged issues the TMA stores of a staged warpgroup tile.
 // store_direct writes pairs from registers: with float32 the 4 lanes of a quad fill whole 32-byte sectors.
 #pragma once
 
@@ -64,7 +65,7 @@ __device__ __forceinline__ void store_direct(
 // The staging buffer holds kN / kChunk chunks of kRows rows by kChunk columns; a row of a chunk is as
 // wide as TMA's swizzle span (128, 64 or 32 bytes), in which address bits 4.. are XORed with bits 7...
 template <int kN, int kRows, int kChunk>
-__device__ __forceinline__ void store_bf16(const float (&total)[kN / 2], u32 buffer, int first_row, int lane) {
+__device__ __forceinline__ void stage_bf16(const float (&total)[kN / 2], u32 buffer, int first_row, int lane) {
     constexpr u32 kRowBytes = kChunk * 2;
     constexpr u32 kSwizzle = (kRowBytes - 1) & 0x70u;
     const u32 line = (first_row + lane % 16) * kRowBytes;
@@ -77,6 +78,19 @@ __device__ __forceinline__ void store_bf16(const float (&total)[kN / 2], u32 buf
             address, ptx::pack_bfloat16(total[i + 0], total[i + 1]), ptx::pack_bfloat16(total[i + 2], total[i + 3]),
             ptx::pack_bfloat16(total[i + 4], total[i + 5]), ptx::pack_bfloat16(total[i + 6], total[i + 7]));
     }
+}
+
+// Called by one thread, behind a barrier of the threads that staged. Boxes that hang over the end of the
+// matrix are clipped; those that lie outside altogether are left out.
+template <int kN, int kRows, int kChunk>
+__device__ __forceinline__ void store_staged(
+    const TensorMap& map, const u8* buffer, int row, int column, int m, int n) {
+    if (row >= m) return;
+#pragma unroll
+    for (int x = 0; x < kN; x += kChunk) {
+        if (column + x < n) ptx::tma_store_2d(&map, buffer + x * kRows * 2, column + x, row);
+    }
+    ptx::tma_store_commit();
 }
 
 }  // namespace epilogue

@@ -3,14 +3,14 @@
 Where the bound comes from, for D = cast(C + sum_kb s * P_kb) with s = sA * sB:
 
 - The tensor core aligns the products of one wgmma (32 of K) to the largest exponent and keeps at
-  least 13 fraction bits, so that a partial sum is off by at most 2^-13 of the magnitudes added, once
-  for each of the 4 steps of a k-block: 2^-11 * S with S = sum |s * a * b|.  On random data the errors
-  have random signs and the result is 10 to 100 times closer, which ``NORM_*`` checks as well.
+  least 13 fraction bits, so that a partial sum is off by at most 2^-13 of the magnitudes added,
+  once for each of the 4 steps of a k-block: 2^-11 * S with S = sum |s * a * b|.  On random data
+  the result is 10 to 100 times closer, which ``NORM_*`` checks as well.
 - Promotion and C in float32: (k_blocks + 2) * 2^-24 * (S + |C|).
 - bfloat16 output: 2^-8 * |D|, half a unit in the last of 8 bits.
 
-``NORM_BFLOAT16``: rounding to 8 bits alone gives a relative error of 2^-8 / sqrt(3) * 0.72 = 0.00163 in
-the 2-norm (0.72: the mean of a significand's reciprocal square over a binade, square-rooted).
+``NORM_BFLOAT16``: rounding to 8 bits alone gives a relative error of 2^-8 / sqrt(3) * 0.72 = 0.0016
+in the 2-norm (0.72: a significand's reciprocal square, averaged over a binade, square-rooted).
 """
 
 from __future__ import annotations

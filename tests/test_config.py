@@ -59,7 +59,7 @@ def test_segment_and_chunk(block_n, segment, chunk):
     ],
 )
 def test_malformed_is_refused(fields):
-    with pytest.raises(ValueError, match="KernelConfig: .*; got KernelConfig"):
+    with pytest.raises(ValueError, match=r"KernelConfig: .*; got KernelConfig"):
         dataclasses.replace(LARGE, **fields)
 
 

@@ -19,8 +19,7 @@ def test_the_set_is_finite_and_distinct():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_any_shape_maps_into_the_set(rng, dtype):
     allowed = set(configurations(dtype))
-    sizes = zip(rng.integers(1, 9000, 300), rng.integers(1, 5000, 300), rng.integers(1, 1100, 300))
-    for m, n, k in sizes:
+    for m, n, k in rng.integers(1, (9000, 5000, 1100), (300, 3)):
         assert choose(GemmProblem(m, 8 * n, 16 * k, dtype)) in allowed
 
 

@@ -94,8 +94,9 @@ class TestMatrix:
                  ArgumentTypeError)  # fmt: skip
 
     def test_dtype(self, pair, name):
-        rejected(f"^{name}: must have dtype bfloat16",
-                 self.call(pair, name, np.zeros((6, 16), np.float32)), ArgumentTypeError)  # fmt: skip
+        wrong = np.zeros((6, 16), np.float32)
+        rejected(f"^{name}: must have dtype bfloat16", self.call(pair, name, wrong),
+                 ArgumentTypeError)  # fmt: skip
 
     def test_shape(self, pair, name):
         rejected(rf"^{name}: must have shape \(6, 16\)",

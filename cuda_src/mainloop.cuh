@@ -1,0 +1,197 @@
+// The main loop of a block-scaled FP8 GEMM: what producer and consumers do for one tile of D.
+//
+// A kernel chooses a Tile, schedules tiles in its own way and stores them in its own way; between the
+// two stands this protocol:
+//
+//   producer   for each k-block: wait empty | arm full, load A, B, sA by TMA, sB by cp.async
+//   consumer   for each k-block: wait full  | per m64 wave: 4 x wgmma k32, wait, promote;
+//                                             after the last wave's wait: arrive empty
+//
+// Arrivals
+//   full[s]    1 (producer lane 0, with the bytes of the TMA boxes)
+//              + kSegments (one lane per column scale, when its 4-byte cp.async has landed)
+//   empty[s]   kCluster * kConsumers * 4 (every consumer warp of every block that the stage goes to)
+#pragma once
+
+#include "descriptor.cuh"
+#include "pipeline.cuh"
+#include "promotion.cuh"
+#include "ptx.cuh"
+
+// The wgmma instructions for kN columns; a kernel defines the one that it uses (templates/wgmma.j2).
+template <int kN>
+struct Wgmma;
+
+// The decisions that shape the loop, with what follows from them.
+template <
+    int kBlockM_, int kBlockN_, int kStages_, int kConsumers_, int kClusterM_, int kClusterN_, int kSegment_,
+    typename Element_>
+struct TileConfig {
+    using Element = Element_;  // of C and D
+    static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kBlockK = 128;
+    static constexpr int kStages = kStages_;
+    static constexpr int kConsumers = kConsumers_;
+    static constexpr int kClusterM = kClusterM_;  // 2: the blocks of a cluster share a column tile, B is multicast
+    static constexpr int kClusterN = kClusterN_;  // 2: they share a row tile, A is multicast
+    static constexpr int kSegment = kSegment_;    // columns that surely share one scale of B
+    static constexpr int kSegments = kBlockN / kSegment;
+    static constexpr int kCluster = kClusterM * kClusterN;
+    static constexpr int kThreads = 128 * (kConsumers + 1);
+    static constexpr int kRowsPerConsumer = kBlockM / kConsumers;
+    static constexpr int kWaves = kRowsPerConsumer / 64;
+    static constexpr bool kStaged = sizeof(Element) == 2;  // D goes through shared memory and TMA
+    static constexpr u32 kFullArrivals = 1 + kSegments;
+    static constexpr u32 kEmptyArrivals = kCluster * kConsumers * 4;
+};
+
+// All of a block's shared memory; its size is the launch's dynamic shared memory.
+template <class Tile>
+struct SharedMemory {
+    alignas(1024) u8 a[Tile::kStages][Tile::kBlockM * Tile::kBlockK];
+    alignas(1024) u8 b[Tile::kStages][Tile::kBlockN * Tile::kBlockK];
+    alignas(1024) u8 d[Tile::kStaged ? Tile::kConsumers : 1]
+                      [Tile::kStaged ? Tile::kRowsPerConsumer * Tile::kBlockN * 2 : 1024];
+    alignas(128) float scale_a[Tile::kStages][Tile::kBlockM];
+    float scale_b[Tile::kStages][Tile::kSegments];
+    alignas(8) StageRing<Tile::kStages> ring;
+};
+
+// Called by all 32 lanes of the producer warp.
+template <class Tile>
+struct Producer {
+    SharedMemory<Tile>& shared;
+    const TensorMap &map_a, &map_b, &map_scale_a;
+    int k_blocks, rows_loaded, lane;
+    u32 rank;
+    StagePosition<Tile::kStages> position{};
+
+    // Loads rows row.. of A and rows column.. of B; `scale_b` points to this lane's row of column scales.
+    __device__ __forceinline__ void load(int row, int column, const float* scale_b) {
+        const u32 stage_bytes = rows_loaded * (Tile::kBlockK + 4) + Tile::kBlockN * Tile::kBlockK;
+        for (int kb = 0; kb < k_blocks; ++kb) {
+            const int s = position.stage;
+            u64* full = &shared.ring.full[s];
+            ptx::mbarrier_wait(&shared.ring.empty[s], position.phase ^ 1);
+            if (lane == 0) {
+                ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
+                load_a(s, kb * Tile::kBlockK, row, full);
+                load_b(s, kb * Tile::kBlockK, column, full);
+                ptx::tma_load_2d(shared.scale_a[s], &map_scale_a, full, row, kb);
+            }
+            if (lane < Tile::kSegments) {
+                ptx::cp_async_4(&shared.scale_b[s][lane], scale_b + kb);
+                ptx::cp_async_arrive(full);
+            }
+            __syncwarp();
+            position.advance();
+        }
+    }
+
+    // With multicast each block of the cluster loads half of the shared operand, for both.
+    __device__ __forceinline__ void load_a(int s, int x, int row, u64* full) {
+        if (Tile::kClusterN > 1) {
+            const int part = rank * (Tile::kBlockM / 2);
+            ptx::tma_load_2d_multicast(shared.a[s] + part * Tile::kBlockK, &map_a, full, x, row + part, 3);
+        } else {
+            ptx::tma_load_2d(shared.a[s], &map_a, full, x, row);
+        }
+    }
+
+    __device__ __forceinline__ void load_b(int s, int x, int column, u64* full) {
+        if (Tile::kClusterM > 1) {
+            const int part = rank * (Tile::kBlockN / 2);
+            ptx::tma_load_2d_multicast(shared.b[s] + part * Tile::kBlockK, &map_b, full, x, column + part, 3);
+        } else {
+            ptx::tma_load_2d(shared.b[s], &map_b, full, x, column);
+        }
+    }
+};
+
+// Called by all 128 threads of a consumer warpgroup.
+template <class Tile>
+struct Consumer {
+    using Total = float[Tile::kWaves][Tile::kBlockN / 2];
+
+    SharedMemory<Tile>& shared;
+    int first_row;     // of this warpgroup in the tile
+    int fragment_row;  // of this thread's first element in the tile
+    int lane;
+    u32 low_a, low_b;  // descriptors of stage 0
+    StagePosition<Tile::kStages> position{};
+
+    __device__ __forceinline__ Consumer(SharedMemory<Tile>& memory, int warpgroup, int warp, int lane_)
+        : shared(memory), first_row(warpgroup * Tile::kRowsPerConsumer), lane(lane_) {
+        fragment_row = first_row + warp * 16 + lane / 4;
+        low_a = descriptor::low_word(shared.a[0] + first_row * Tile::kBlockK);
+        low_b = descriptor::low_word(shared.b[0]);
+    }
+
+    __device__ __forceinline__ void multiply(Total& total, int k_blocks) {
+#pragma unroll
+        for (int wave = 0; wave < Tile::kWaves; ++wave) {
+#pragma unroll
+            for (int i = 0; i < Tile::kBlockN / 2; ++i) total[wave][i] = 0.0f;
+        }
+#pragma unroll 3
+        for (int kb = 0; kb < k_blocks; ++kb) {
+            const int s = position.stage;
+            ptx::mbarrier_wait(&shared.ring.full[s], position.phase);
+            float column_scale[Tile::kSegments];
+#pragma unroll
+            for (int i = 0; i < Tile::kSegments; ++i) column_scale[i] = shared.scale_b[s][i];
+            const u32 stage_a = low_a + s * (Tile::kBlockM * Tile::kBlockK / 16);
+            const u32 stage_b = low_b + s * (Tile::kBlockN * Tile::kBlockK / 16);
+#pragma unroll
+            for (int wave = 0; wave < Tile::kWaves; ++wave) {
+                const float row_scale = shared.scale_a[s][fragment_row + wave * 64];
+                const float row_scale_8 = shared.scale_a[s][fragment_row + wave * 64 + 8];
+                float partial[Tile::kBlockN / 2];
+                multiply_wave(partial, stage_a + wave * descriptor::kStepRows64, stage_b);
+                if (wave == Tile::kWaves - 1) release(s);  // all that lies in the stage has been read
+                promote<Tile::kBlockN, Tile::kSegment>(total[wave], partial, row_scale, row_scale_8, column_scale);
+            }
+            position.advance();
+        }
+    }
+
+    __device__ __forceinline__ void multiply_wave(float (&partial)[Tile::kBlockN / 2], u32 a, u32 b) {
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < Tile::kBlockK / 32; ++step) {
+            Wgmma<Tile::kBlockN>::k32(
+                partial, descriptor::make(a + step * descriptor::kStepK32),
+                descriptor::make(b + step * descriptor::kStepK32), step > 0);
+        }
+        ptx::wgmma_commit();
+        Wgmma<Tile::kBlockN>::wait_all(partial);
+    }
+
+    __device__ __forceinline__ void release(int s) {
+        if (Tile::kCluster > 1) {
+            if (lane < Tile::kCluster) ptx::mbarrier_arrive_cluster(&shared.ring.empty[s], lane);
+        } else if (lane == 0) {
+            ptx::mbarrier_arrive(&shared.ring.empty[s]);
+        }
+    }
+};
+
+// Everything a block does before its roles part: barriers, visible to the whole cluster.
+template <class Tile>
+__device__ __forceinline__ void start(SharedMemory<Tile>& shared) {
+    if (threadIdx.x == 0) shared.ring.init(Tile::kFullArrivals, Tile::kEmptyArrivals);
+    if (Tile::kCluster > 1) {
+        ptx::cluster_arrive();
+        ptx::cluster_wait();
+    } else {
+        __syncthreads();
+    }
+}
+
+// No block may leave while its peer can still arrive on its barriers.
+template <class Tile>
+__device__ __forceinline__ void finish() {
+    if (Tile::kCluster > 1) {
+        ptx::cluster_arrive();
+        ptx::cluster_wait();
+    }
+}

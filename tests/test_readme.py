@@ -1,0 +1,226 @@
+"""README and examples do what they say: code runs, commands parse, links lead somewhere.
+
+Without a Hopper GPU ``import cupy as cp`` is replaced by ``import numpy as cp``, as README says.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cpgemm
+from cpgemm import __main__ as command_line
+from cpgemm import env, machine
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+ON_GPU = machine.why_no_hopper() is None
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced code blocks of README."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def run_block(text: str) -> dict[str, Any]:
+    """Execute a block in a namespace of its own, which is returned."""
+    if not ON_GPU:
+        text = text.replace("import cupy as cp", "import numpy as cp")
+    names: dict[str, Any] = {}
+    exec(compile(text, "README.md", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("at", range(len(blocks("python"))))
+def test_python_blocks_run(at: int) -> None:
+    run_block(blocks("python")[at])
+
+
+def test_the_first_example_is_ten_lines_of_cupy_and_right() -> None:
+    text = blocks("python")[0]
+    assert text.startswith("import cupy") and len(text.splitlines()) <= 10
+    names = run_block(text)
+    to_host = getattr(names["cp"], "asnumpy", np.asarray)
+    got = to_host(names["d"]).astype(np.float32)
+    wanted = to_host(names["x"]) @ to_host(names["w"]).T
+    assert got.shape == (256, 512)
+    assert np.linalg.norm(got - wanted) < 0.06 * np.linalg.norm(wanted)
+
+
+def test_the_error_shown_names_argument_rule_value_and_mend(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_block(next(text for text in blocks("python") if "except" in text))
+    shown = capsys.readouterr().out
+    assert shown.startswith("x: ") and "multiple of 16; got 100. Pad" in shown
+
+
+def test_the_order_of_sections() -> None:
+    wanted = ["Two commands", "Example", "Hardware", "Without that hardware", "Command line"]
+    assert re.findall(r"^## (.+)$", README, re.MULTILINE)[:5] == wanted
+    assert "make demo" in blocks("bash")[0] and "make test" in blocks("bash")[0]
+
+
+def test_commands_parse() -> None:
+    parser = command_line._parser()
+    commands = [
+        shlex.split(line, comments=True)
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("python -m cpgemm")
+    ]
+    assert {words[3] for words in commands} == {"doctor", "demo", "explain", "render", "compile"}
+    for words in commands:
+        assert parser.parse_args(words[3:]).handler is not None, words
+    kernels = subprocess.run(
+        [sys.executable, "-m", "cpgemm", "render", "--list"],
+        check=True, capture_output=True, text=True, cwd=ROOT,
+    ).stdout.split()  # fmt: skip
+    for words in commands:
+        if words[3] == "render" and not words[4].startswith("-"):
+            assert words[4] in kernels
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    assert set(re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE)) <= targets
+
+
+def test_every_environment_variable_is_there() -> None:
+    known = set(re.findall(r"CPGEMM_[A-Z_]+", env.__doc__ or ""))
+    assert known == set(re.findall(r"^\| `(CPGEMM_[A-Z_]+)`", README, re.MULTILINE))
+
+
+def test_every_exception_is_there() -> None:
+    for name in dir(cpgemm):
+        if name.endswith("Error"):
+            assert f"{name}`" in README, name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_names_of_files_and_kernels_in_documents_exist() -> None:
+    for document in DOCUMENTS:
+        for name in re.findall(r"`([\w./]+\.(?:py|cuh|j2))`", document.read_text(encoding="utf-8")):
+            folders = ("", "cpgemm", "cuda_src", "templates", "examples", "tests")
+            assert any((ROOT / folder / name).exists() for folder in folders), (document, name)
+
+
+# -------------------------------------------------------------------------------------- examples
+
+
+def run_example(name: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+
+
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("example", ROOT / "examples" / name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_quickstart() -> None:
+    done = run_example("01_quickstart.py")
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"bfloat16 \(256, 2112\), relative error (0\.\d+)", done.stdout)
+    assert found is not None and 0.01 < float(found.group(1)) < 0.06
+    assert ("cupy" in done.stdout) == ON_GPU
+
+
+@pytest.mark.skipif(ON_GPU, reason="this machine may have what the comparison needs")
+def test_the_comparison_says_what_it_lacks() -> None:
+    done = run_example("02_compare_with_cublaslt.py")
+    assert done.returncode == 2 and "needs a Hopper GPU and torch" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def comparison() -> ModuleType:
+    return load_example("02_compare_with_cublaslt.py")
+
+
+def results(example: ModuleType) -> list[Any]:
+    kernel = "dense_256x128_s3_w2_bfloat16"
+    errors = {"cpgemm": 0.0017, "block": 0.0017, "tensor": 0.003}
+    us = {"cpgemm": 700.0, "block": 840.0, "tensor": 630.0}
+    whole = example.Result(
+        4096, 7168, 16384, kernel, us, dict.fromkeys(us, 1.0), errors, {}, 1374.0, 0.9164
+    )
+    without = {name: us[name] for name in ("cpgemm", "tensor")}
+    no_block = example.Result(
+        64, 2112, 7168, kernel, without, dict.fromkeys(without, 1.0),
+        {name: errors[name] for name in without}, {"block": "N % 128"}, 200.0, 0.4,
+    )  # fmt: skip
+    nan = float("nan")
+    wrong = example.Result(64, 4096, 7168, kernel, {}, {}, {**errors, "cpgemm": nan}, {}, nan, nan)
+    return [whole, no_block, wrong]
+
+
+def test_comparison_ratios_and_failures(comparison: ModuleType) -> None:
+    whole, no_block, wrong = results(comparison)
+    assert whole.over("block") == pytest.approx(1.2) and no_block.over("block") is None
+    assert comparison.failures(whole) == [] == comparison.failures(no_block)
+    assert len(comparison.failures(wrong)) == 1 and "cpgemm" in comparison.failures(wrong)[0]
+
+
+def test_comparison_tables(comparison: ModuleType) -> None:
+    whole, no_block, wrong = results(comparison)
+    assert comparison.cells(whole)[:8] == [
+        "4096x7168x16384", "700.00", "840.00", "630.00", "1.200", "0.900", "1374", "92%",
+    ]  # fmt: skip
+    assert comparison.cells(no_block)[2:5] == ["n/a", "630.00", "n/a"]
+    assert comparison.cells(wrong)[1] == "WRONG"
+    lines = [comparison.header(), *map(comparison.line, (whole, no_block, wrong))]
+    assert len({line.find("dense") for line in lines[1:]}) == 1
+    assert max(map(len, lines)) <= 120 + len(" dense_256x128_s3_w2_multicast_a_bfloat16")
+
+
+def test_comparison_reports(
+    comparison: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = machine.describe()
+    method = comparison.METHOD.format(windows=7, window_ms=12.0)
+    paths = (tmp_path / "deep" / "table.json", tmp_path / "table.md")
+    comparison.write_reports(results(comparison), record, 5, method, *paths)
+    assert capsys.readouterr().out.count("written: ") == 2
+    report = json.loads(paths[0].read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert len(report["rows"]) == 3 and report["seed"] == 5 and "7 windows" in report["method"]
+    assert report["rows"][2]["tflops"] is report["rows"][2]["error"]["cpgemm"] is None
+    table = paths[1].read_text()
+    assert table.count("\n| ") == 5 and record.date in table and "of at least 12 ms" in table
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.gpu
+def test_the_comparison_runs(comparison: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(comparison, "LAYERS", ((7168, 2048),))
+    monkeypatch.setattr(comparison, "ROWS", (64,))
+    assert comparison.main(["--quick"]) == 0
