@@ -59,11 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text)
 
     demo = command("demo", "quantise and multiply real-sized layers, compare and time them")
-    demo.add_argument("--m", type=_size, nargs="+", metavar="M", help="rows of the activations")
-    demo.add_argument(
-        "--shape", type=_layer, nargs="+", metavar="NxK", help="layers, such as 4096x7168"
-    )
-    demo.add_argument("--seed", type=int, help="of the random data (default: a fresh one)")
+    from cpgemm.demo import add_arguments
+
+    add_arguments(demo)
     demo.set_defaults(handler=_demo)
 
     doctor = command("doctor", "what this machine has, what works, how to mend the rest")
@@ -102,13 +100,6 @@ def _size(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a positive number; got {text!r}")
     return value
-
-
-def _layer(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2:
-        raise argparse.ArgumentTypeError(f"must be NxK, such as 4096x7168; got {text!r}")
-    return _size(parts[0]), _size(parts[1])
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -38,8 +38,8 @@ _HOST_ROWS = (64,)
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 512  # more than M / 64 and N / 64 of any layer above
 # Largest relative errors of a right result, against the exact and against the float product (see
 # docs/numerics.md).  Rounding to bfloat16 costs 0.0017 over many elements; of few each may be off
-# by half a unit in the last place, 2**-8, and a little of their sum.  Rounding to e4m3 costs 0.03 to
-# 0.04, more where few sums cancel; beyond that is no rounding but a wrong scale.
+# by half a unit in the last place, 2**-8, and a little more.  Rounding to e4m3 costs 0.03 to 0.04,
+# more where few sums cancel; beyond that is no rounding but a wrong scale.
 _LIMITS, _LIMITS_OF_FEW, _FEW = (0.002, 0.1), (0.004, 1.0), 1024
 _LONG_CALL_S = 1.0
 _NAN_BITS = 0xFFFF  # poison: a bfloat16 NaN, so that an element never written is found
@@ -97,15 +97,15 @@ def main(args: argparse.Namespace) -> int:
         print(f"No Hopper GPU ({why}): NumPy path{only}; times are this CPU's.")
     rng = np.random.default_rng(seed)
     rows: list[Row] = []
-    with (
-        machine.device_peak() as peak,
-        progress("multiplying", sum(map(len, problems))) as done,
-    ):
-        for row in _run(problems, rng, on_gpu=why is None):
-            rows.append(row)
-            done(f"{row.m}x{row.n}x{row.k}")
     width = shutil.get_terminal_size((120, 24)).columns
-    print_rows(rows, width)
+    count = sum(map(len, problems))
+    try:
+        with machine.device_peak() as peak, progress("multiplying", count) as done:
+            for row in _run(problems, rng, on_gpu=why is None):
+                rows.append(row)
+                done(f"{row.m}x{row.n}x{row.k}")
+    finally:  # whatever ends the run early, what was measured is shown
+        print_rows(rows, width)
     failed = [row for row in rows if not row.passed]
     for row in failed:
         exact, floats = largest_errors(row.m, row.n)
@@ -155,7 +155,10 @@ def _run(
         weights = make_weights(layer[0].n, layer[0].k, rng)
         for problem in layer:
             activations = make_activations(problem.m, problem.k, rng)
-            sample = _sample(problem, rng)
+            sample = tuple(
+                stratified(extent, count, rng)
+                for extent, count in ((problem.m, _SAMPLE_ROWS), (problem.n, _SAMPLE_COLUMNS))
+            )
             if on_gpu:
                 yield _on_gpu(problem, activations, weights, sample)
                 continue
@@ -172,7 +175,7 @@ def _run(
             yield _row(problem, "NumPy", errors, result, timed)
 
 
-def _on_gpu(problem: GemmProblem, activations: Any, weights: Any, sample: tuple[Any, Any]) -> Row:
+def _on_gpu(problem: GemmProblem, activations: Any, weights: Any, sample: tuple[Any, ...]) -> Row:
     import cupy
 
     import cpgemm
@@ -257,20 +260,13 @@ def stratified(extent: int, count: int, rng: np.random.Generator) -> Any:
     return rng.integers(edges[:-1], edges[1:])
 
 
-def _sample(problem: GemmProblem, rng: np.random.Generator) -> tuple[Any, Any]:
-    return (
-        stratified(problem.m, _SAMPLE_ROWS, rng),
-        stratified(problem.n, _SAMPLE_COLUMNS, rng),
-    )
-
-
 def relative_errors(
     result: Any,
     activations: Any,
     weights: Any,
     a: ScaledTensor,
     b: ScaledTensor,
-    sample: tuple[Any, Any],
+    sample: tuple[Any, ...],
 ) -> tuple[float, float]:
     """Relative errors of ``result`` (M, N) against the exact and against the float product.
 

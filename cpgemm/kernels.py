@@ -26,7 +26,7 @@ def gemm_source(config: KernelConfig) -> KernelSource:
 
 def all_sources() -> list[KernelSource]:
     """Every kernel that cpgemm may ever compile by itself; no shape adds another."""
-    from cpgemm.quantize import quantize_sources
+    from cpgemm.quantize_kernels import quantize_sources
 
     dense = [gemm_source(config) for name in OUT_DTYPES for config in configurations(name)]
     return [*dense, *quantize_sources()]

@@ -64,18 +64,22 @@ __device__ __forceinline__ void store_direct(
 
 // The staging buffer holds kN / kChunk chunks of kRows rows by kChunk columns; a row of a chunk is as
 // wide as TMA's swizzle span (128, 64 or 32 bytes), in which address bits 4.. are XORed with bits 7...
-template <int kN, int kRows, int kChunk>
-__device__ __forceinline__ void stage_bf16(const float (&total)[kN / 2], u32 buffer, int first_row, int lane) {
+template <int kRows, int kChunk>
+__device__ __forceinline__ u32 staged_offset(int row, int column) {
     constexpr u32 kRowBytes = kChunk * 2;
     constexpr u32 kSwizzle = (kRowBytes - 1) & 0x70u;
-    const u32 line = (first_row + lane % 16) * kRowBytes;
+    const u32 offset = row * kRowBytes + column % kChunk * 2;
+    return column / kChunk * (kRows * kRowBytes) + (offset ^ ((offset >> 3) & kSwizzle));
+}
+
+template <int kN, int kRows, int kChunk>
+__device__ __forceinline__ void stage_bf16(const float (&total)[kN / 2], u32 buffer, int first_row, int lane) {
 #pragma unroll
     for (int column = 0; column < kN; column += 16) {
-        const u32 offset = line + (column % kChunk) * 2 + (lane / 16) * 16;
-        const u32 address = buffer + (column / kChunk) * (kRows * kRowBytes) + (offset ^ ((offset >> 3) & kSwizzle));
+        const u32 offset = staged_offset<kRows, kChunk>(first_row + lane % 16, column % kChunk + lane / 16 * 8);
         const int i = column / 2;
         ptx::stmatrix_x4(
-            address, ptx::pack_bfloat16(total[i + 0], total[i + 1]), ptx::pack_bfloat16(total[i + 2], total[i + 3]),
+            buffer + column / kChunk * (kRows * kChunk * 2) + offset, ptx::pack_bfloat16(total[i + 0], total[i + 1]), ptx::pack_bfloat16(total[i + 2], total[i + 3]),
             ptx::pack_bfloat16(total[i + 4], total[i + 5]), ptx::pack_bfloat16(total[i + 6], total[i + 7]));
     }
 }
@@ -91,6 +95,20 @@ __device__ __forceinline__ void store_staged(
         if (column + x < n) ptx::tma_store_2d(&map, buffer + x * kRows * 2, column + x, row);
     }
     ptx::tma_store_commit();
+}
+
+// Called by a warpgroup, behind the same barrier: copies the first `rows` rows with ordinary 16-byte stores,
+// for tiles whose other rows belong to somebody else. `d` points to the tile's first element.
+template <int kN, int kRows, int kChunk>
+__device__ __forceinline__ void copy_staged(const u8* buffer, u16* d, long long pitch, int rows, int columns) {
+    constexpr int kUnits = kN / 8;  // of 16 bytes, per row
+    for (int i = threadIdx.x % 128; i < rows * kUnits; i += 128) {
+        const int row = i / kUnits, column = i % kUnits * 8;
+        if (column < columns) {
+            const uint4 unit = *reinterpret_cast<const uint4*>(buffer + staged_offset<kRows, kChunk>(row, column));
+            *reinterpret_cast<uint4*>(d + row * pitch + column) = unit;
+        }
+    }
 }
 
 }  // namespace epilogue

@@ -60,10 +60,15 @@ struct SharedMemory {
 template <class Tile>
 struct Producer {
     SharedMemory<Tile>& shared;
-    const TensorMap &map_a, &map_b, &map_scale_a;
-    int k_blocks, rows_loaded, lane;
+    const TensorMap *map_a, *map_scale_a, *map_b;
+    int rows_loaded;  // rows of the boxes of map_a (of all blocks of the cluster together) and map_scale_a
+    int k_blocks, lane;
     u32 rank;
     StagePosition<Tile::kStages> position{};
+
+    __device__ __forceinline__ void wait_empty() {
+        ptx::mbarrier_wait(&shared.ring.empty[position.stage], position.phase ^ 1);
+    }
 
     // Loads rows row.. of A and rows column.. of B; `scale_b` points to this lane's row of column scales.
     __device__ __forceinline__ void load(int row, int column, const float* scale_b) {
@@ -71,12 +76,12 @@ struct Producer {
         for (int kb = 0; kb < k_blocks; ++kb) {
             const int s = position.stage;
             u64* full = &shared.ring.full[s];
-            ptx::mbarrier_wait(&shared.ring.empty[s], position.phase ^ 1);
+            wait_empty();
             if (lane == 0) {
                 ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
                 load_a(s, kb * Tile::kBlockK, row, full);
                 load_b(s, kb * Tile::kBlockK, column, full);
-                ptx::tma_load_2d(shared.scale_a[s], &map_scale_a, full, row, kb);
+                ptx::tma_load_2d(shared.scale_a[s], map_scale_a, full, row, kb);
             }
             if (lane < Tile::kSegments) {
                 ptx::cp_async_4(&shared.scale_b[s][lane], scale_b + kb);
@@ -91,18 +96,18 @@ struct Producer {
     __device__ __forceinline__ void load_a(int s, int x, int row, u64* full) {
         if (Tile::kClusterN > 1) {
             const int part = rank * (Tile::kBlockM / 2);
-            ptx::tma_load_2d_multicast(shared.a[s] + part * Tile::kBlockK, &map_a, full, x, row + part, 3);
+            ptx::tma_load_2d_multicast(shared.a[s] + part * Tile::kBlockK, map_a, full, x, row + part, 3);
         } else {
-            ptx::tma_load_2d(shared.a[s], &map_a, full, x, row);
+            ptx::tma_load_2d(shared.a[s], map_a, full, x, row);
         }
     }
 
     __device__ __forceinline__ void load_b(int s, int x, int column, u64* full) {
         if (Tile::kClusterM > 1) {
             const int part = rank * (Tile::kBlockN / 2);
-            ptx::tma_load_2d_multicast(shared.b[s] + part * Tile::kBlockK, &map_b, full, x, column + part, 3);
+            ptx::tma_load_2d_multicast(shared.b[s] + part * Tile::kBlockK, map_b, full, x, column + part, 3);
         } else {
-            ptx::tma_load_2d(shared.b[s], &map_b, full, x, column);
+            ptx::tma_load_2d(shared.b[s], map_b, full, x, column);
         }
     }
 };
@@ -126,30 +131,43 @@ struct Consumer {
         low_b = descriptor::low_word(shared.b[0]);
     }
 
+    __device__ __forceinline__ void wait_full() { ptx::mbarrier_wait(&shared.ring.full[position.stage], position.phase); }
+
+    // One tile; the waves behind the first kActive have no rows and are left out.
+    template <int kActive = Tile::kWaves>
     __device__ __forceinline__ void multiply(Total& total, int k_blocks) {
 #pragma unroll
-        for (int wave = 0; wave < Tile::kWaves; ++wave) {
+        for (int wave = 0; wave < kActive; ++wave) {
 #pragma unroll
             for (int i = 0; i < Tile::kBlockN / 2; ++i) total[wave][i] = 0.0f;
         }
 #pragma unroll 3
         for (int kb = 0; kb < k_blocks; ++kb) {
             const int s = position.stage;
-            ptx::mbarrier_wait(&shared.ring.full[s], position.phase);
+            wait_full();
             float column_scale[Tile::kSegments];
 #pragma unroll
             for (int i = 0; i < Tile::kSegments; ++i) column_scale[i] = shared.scale_b[s][i];
             const u32 stage_a = low_a + s * (Tile::kBlockM * Tile::kBlockK / 16);
             const u32 stage_b = low_b + s * (Tile::kBlockN * Tile::kBlockK / 16);
 #pragma unroll
-            for (int wave = 0; wave < Tile::kWaves; ++wave) {
+            for (int wave = 0; wave < kActive; ++wave) {
                 const float row_scale = shared.scale_a[s][fragment_row + wave * 64];
                 const float row_scale_8 = shared.scale_a[s][fragment_row + wave * 64 + 8];
                 float partial[Tile::kBlockN / 2];
                 multiply_wave(partial, stage_a + wave * descriptor::kStepRows64, stage_b);
-                if (wave == Tile::kWaves - 1) release(s);  // all that lies in the stage has been read
+                if (wave == kActive - 1) release(s);  // all that lies in the stage has been read
                 promote<Tile::kBlockN, Tile::kSegment>(total[wave], partial, row_scale, row_scale_8, column_scale);
             }
+            position.advance();
+        }
+    }
+
+    // A tile in which this warpgroup has no rows: keeps the ring turning.
+    __device__ __forceinline__ void skip(int k_blocks) {
+        for (int kb = 0; kb < k_blocks; ++kb) {
+            wait_full();
+            release(position.stage);
             position.advance();
         }
     }

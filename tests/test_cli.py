@@ -142,7 +142,7 @@ def test_explain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 def test_demo_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[argparse.Namespace] = []
-    install(monkeypatch, "demo", main=seen.append)
+    monkeypatch.setattr("cpgemm.demo.main", seen.append)
     assert main(["demo", "--m", "1", "64", "--shape", "4096x7168", "8X16", "--seed", "7"]) == 0
     assert (seen[0].m, seen[0].shape, seen[0].seed) == ([1, 64], [(4096, 7168), (8, 16)], 7)
     assert main(["demo"]) == 0

@@ -234,6 +234,24 @@ def test_a_wrong_result_fails(
 
 
 @pytest.mark.usefixtures("no_gpu")
+def test_what_was_measured_is_shown_when_a_later_layer_breaks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = cpgemm.quantize
+
+    def breaks(x: Any, *args: Any) -> Any:
+        if x.shape[1] == 256:
+            raise RuntimeError("out of memory")
+        return right(x, *args)
+
+    monkeypatch.setattr(cpgemm, "quantize", breaks)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(arguments("--m", "16", "--shape", "64x128", "64x256"))
+    out = capsys.readouterr().out
+    assert "16x64x128" in out and "16x64x256" not in out
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_bad_sizes_are_refused_before_anything_is_computed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

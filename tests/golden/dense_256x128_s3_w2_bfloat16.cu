@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
     if (warpgroup == kConsumers) {
         if (kConsumers > 1) ptx::registers_decrease<kProducerRegisters>();
         if (warp == 0) {
-            Producer<Tile> producer{shared, map_a, map_b, map_scale_a, k_blocks, rows_loaded, lane, rank};
+            Producer<Tile> producer{shared, &map_a, &map_scale_a, &map_b, rows_loaded, k_blocks, lane, rank};
             while (tiles.advance()) {
                 const int column = tiles.block_n * kBlockN;
                 const int scale_row = min((column + lane * kSegment) / 128, (n - 1) / 128);
