@@ -19,6 +19,7 @@ from cpgemm.errors import (
     MissingDependencyError,
 )
 from cpgemm.gemm import GemmPlan, gemm, gemm_nn, gemm_nt, gemm_tn, gemm_tt, plan_gemm
+from cpgemm.grouped import contiguous_alignment, grouped_gemm_contiguous, grouped_gemm_masked
 from cpgemm.heuristics import explain
 from cpgemm.problem import GemmProblem
 from cpgemm.quantize import quantize
@@ -39,6 +40,7 @@ __all__ = [
     "MissingDependencyError",
     "ScaledTensor",
     "compile_count",
+    "contiguous_alignment",
     "explain",
     "freeze",
     "gemm",
@@ -46,6 +48,8 @@ __all__ = [
     "gemm_nt",
     "gemm_tn",
     "gemm_tt",
+    "grouped_gemm_contiguous",
+    "grouped_gemm_masked",
     "plan_gemm",
     "quantize",
 ]

@@ -11,9 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from cpgemm.grouped_problem import MAX_GROUPS
 from cpgemm.problem import GemmProblem, OutDtype
 
-__all__ = ["SHARED_LIMIT", "KernelConfig"]
+__all__ = ["SHARED_LIMIT", "GroupedKernelConfig", "KernelConfig"]
 
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one block may have on Hopper
 
@@ -105,7 +106,7 @@ class KernelConfig:
     @property
     def producer_registers(self) -> int:
         """Registers a producer thread keeps after ``setmaxnreg`` (a multiple of 8)."""
-        return 32 if self.consumers == 3 else 40
+        return 32 if self.consumers == 3 else 48
 
     @property
     def consumer_registers(self) -> int:
@@ -124,9 +125,19 @@ class KernelConfig:
         return next(width for width in (64, 32, 16) if self.block_n % width == 0)
 
     @property
+    def staged(self) -> bool:
+        """Whether D goes through shared memory and TMA; float32 is stored from registers."""
+        return self.out_dtype == "bfloat16"
+
+    @property
+    def store_box(self) -> tuple[int, int]:
+        """Rows and columns of one TMA store: a consumer's rows, ``store_chunk`` columns."""
+        return (self.block_m // self.consumers, self.store_chunk)
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory; the kernel asserts that its ``struct Shared`` has this size."""
-        staging = self.block_m * self.block_n * 2 if self.out_dtype == "bfloat16" else 1024
+        staging = self.block_m * self.block_n * 2 if self.staged else 1024
         tiles = self.stages * (self.block_m + self.block_n) * _BLOCK_K + staging
         row_scales = self.stages * self.block_m * 4
         column_scales = self.stages * (self.block_n // self.scale_segment) * 4
@@ -160,3 +171,31 @@ class KernelConfig:
         if 0 in (problem.m, problem.n, problem.k):
             return "an empty product needs no kernel"
         return None
+
+
+@dataclass(frozen=True)
+class GroupedKernelConfig(KernelConfig):
+    """One kernel of the grouped family (``templates/grouped.cu.j2``): rows in groups, a B for each.
+
+    Fields as in ``KernelConfig``; ``cluster_m`` is always 1.
+    """
+
+    family: ClassVar[str] = "grouped"
+    template: ClassVar[str] = "grouped.cu.j2"
+    entry: ClassVar[str] = "cpgemm_grouped"
+    max_groups: ClassVar[int] = MAX_GROUPS
+
+    def _malformed(self) -> str | None:
+        if self.cluster_m != 1:
+            return "row tiles of a group have no fixed neighbour to share a column tile with"
+        return super()._malformed()
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the dense kernel's, a place per stage and the table of groups."""
+        return super().shared_bytes + _round_up(16 * self.stages + 4 * (self.max_groups + 1), 1024)
+
+    @property
+    def rows_few(self) -> int:
+        """Rows of the small boxes that tiles with so few rows load; 0 where A is multicast."""
+        return 16 if self.cluster == 1 else 0

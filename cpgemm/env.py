@@ -6,6 +6,8 @@
 ``CPGEMM_COMPILER``     ``nvrtc`` (default) or ``nvcc``
 ``CPGEMM_NVCC``         the nvcc to call (default: ``nvcc`` on ``PATH``, then ``$CUDA_HOME/bin``)
 ``CPGEMM_PDL``          ``1`` launches GEMMs with programmatic dependent launch (default ``0``)
+``CPGEMM_CHECK``        ``1`` downloads and checks the index arrays of grouped GEMMs on a GPU, which
+                        waits for the stream (default ``0``: their contents are never read)
 ======================  =======================================================================
 
 Variables are read when they are needed, so that a test or a notebook can change them.
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from cpgemm.errors import reject
 
-__all__ = ["cache_dir", "compiler", "header_dir", "nvcc_path", "pdl", "template_dir"]
+__all__ = ["cache_dir", "check", "compiler", "header_dir", "nvcc_path", "pdl", "template_dir"]
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -74,9 +76,18 @@ def nvcc_path() -> str | None:
     return str(candidate) if candidate.is_file() else None
 
 
+def _flag(name: str, mend: str) -> bool:
+    value = os.environ.get(name, "0").strip()
+    if value not in ("0", "1"):
+        reject(name, "must be 0 or 1", repr(value), mend)
+    return value == "1"
+
+
 def pdl() -> bool:
     """Whether GEMMs are launched with programmatic dependent launch."""
-    value = os.environ.get("CPGEMM_PDL", "0").strip()
-    if value not in ("0", "1"):
-        reject("CPGEMM_PDL", "must be 0 or 1", repr(value), "Unset it for plain launches.")
-    return value == "1"
+    return _flag("CPGEMM_PDL", "Unset it for plain launches.")
+
+
+def check() -> bool:
+    """Whether grouped GEMMs download and check their index arrays."""
+    return _flag("CPGEMM_CHECK", "Unset it for calls that never wait.")

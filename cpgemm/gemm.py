@@ -19,11 +19,11 @@ from cpgemm.config import KernelConfig
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.heuristics import H200, Explanation, Machine, choose, explain
 from cpgemm.kernels import gemm_source
-from cpgemm.problem import OUT_DTYPES, GemmProblem, OutDtype, normalize_out_dtype
+from cpgemm.problem import GemmProblem, OutDtype, empty_result, infer_out_dtype
 from cpgemm.reference import gemm_reference
 from cpgemm.render import KernelSource
-from cpgemm.scaled import BLOCK, ScaledTensor, is_array, is_cupy, pointer
-from cpgemm.tma import tensor_map
+from cpgemm.scaled import BLOCK, ScaledTensor, is_cupy, pointer
+from cpgemm.tma import matrix_map, row_pitch, tensor_map
 
 __all__ = ["GemmPlan", "gemm", "gemm_nn", "gemm_nt", "gemm_tn", "gemm_tt", "plan_gemm"]
 
@@ -85,37 +85,26 @@ class GemmPlan:
         if kernel is None:
             kernel = self._kernels[device] = load_kernel(self.source)
         config, p = self.config, self.problem
-        block = launch.launch_config(
+        launch_config = launch.launch_config(
             config.grid(p, self.machine.sms), config.threads, config.shared_bytes, env.pdl()
         )
-        launch.run(kernel, block, self._arguments(a, b, out, c, device))
+        launch.run(kernel, launch_config, self._arguments(a, b, out, c))
 
-    def _arguments(
-        self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any, device: int
-    ) -> tuple[Any, ...]:
+    def _arguments(self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any) -> tuple[Any, ...]:
         """The kernel's parameters in their order, in the units of its signature."""
         config, p = self.config, self.problem
-        item = OUT_DTYPES[p.out_dtype].itemsize
         rows = config.rows_loaded(p.m)
-        pitch_out = _row_pitch(out)
-        map_a = tensor_map(
-            pointer(a.data), p.m, p.k, _row_pitch(a.data), 1,
-            (rows // config.cluster_n, BLOCK), 128, device,
-        )  # fmt: skip
-        map_b = tensor_map(
-            pointer(b.data), p.n, p.k, _row_pitch(b.data), 1,
-            (config.block_n // config.cluster_m, BLOCK), 128, device,
-        )  # fmt: skip
+        map_a = matrix_map(a.data, (rows // config.cluster_n, BLOCK), 128)
+        map_b = matrix_map(b.data, (config.block_n // config.cluster_m, BLOCK), 128)
+        scale_pitch = 4 * a.scales_pitch
         map_scale_a = tensor_map(
-            pointer(a.scales), p.k_blocks, p.m, 4 * a.scales_pitch, 4, (1, rows), 0, device
+            pointer(a.scales), p.k_blocks, p.m, scale_pitch, 4, (1, rows), 0, a.data.device.id
         )
-        map_d = map_a  # the float32 kernels store from registers and never look at it
-        if item == 2:
-            map_d = tensor_map(
-                pointer(out), p.m, p.n, pitch_out, item,
-                (config.block_m // config.consumers, config.store_chunk),
-                config.store_chunk * item, device,
-            )  # fmt: skip
+        # The float32 kernels store from registers and never look at their map of D.
+        map_d = (
+            matrix_map(out, config.store_box, config.store_box[1] * 2) if config.staged else map_a
+        )
+        item = out.itemsize
         return (
             map_a,
             map_b,
@@ -124,21 +113,13 @@ class GemmPlan:
             np.uint64(pointer(b.scales)),
             np.uint64(0 if c is None else pointer(c)),
             np.uint64(pointer(out)),
-            np.int64(0 if c is None else _row_pitch(c) // item),
-            np.int64(pitch_out // item),
+            np.int64(0 if c is None else row_pitch(c) // item),
+            np.int64(row_pitch(out) // item),
             np.int32(p.m),
             np.int32(p.n),
             np.int32(p.k),
             np.int32(rows),
         )
-
-
-def _row_pitch(array: Any) -> int:
-    """Bytes between rows; a single row has no neighbour, and NumPy then says anything."""
-    rows, columns = array.shape
-    if rows > 1:
-        return int(array.strides[0])
-    return -(-columns * int(array.itemsize) // 16) * 16
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,15 +157,6 @@ def plan_gemm(
     return _plan(problem, config, _current_machine())
 
 
-def _infer_out_dtype(out: Any, c: Any, out_dtype: object) -> OutDtype:
-    if out_dtype is not None:
-        return normalize_out_dtype(out_dtype)
-    for array in (out, c):
-        if is_array(array) and array.dtype in OUT_DTYPES.values():
-            return normalize_out_dtype(array.dtype)
-    return "bfloat16"
-
-
 def gemm(
     a: ScaledTensor, b: ScaledTensor, out: Any = None, *, c: Any = None, out_dtype: Any = None
 ) -> Any:
@@ -202,7 +174,7 @@ def gemm(
     Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError`` before anything is launched
     or written, ``CompileError`` when a kernel does not build.
     """
-    problem = GemmProblem.of(a, b, out, c, _infer_out_dtype(out, c, out_dtype))
+    problem = GemmProblem.of(a, b, out, c, infer_out_dtype(out_dtype, out, c))
     if not is_cupy(a.data):
         result = gemm_reference(a, b, c=c, out_dtype=problem.out_dtype)
         if out is None:
@@ -211,21 +183,13 @@ def gemm(
         return out
     with a.data.device:
         if out is None:
-            out = _empty(problem)
+            out = empty_result((problem.m, problem.n), problem.out_dtype)
         if problem.k == 0 and out.size:
             _fill(out, c)
         elif out.size:
             device = a.data.device.id
             _plan(problem, None, Machine.of_device(device)).launch(a, b, out, c)
     return out
-
-
-def _empty(problem: GemmProblem) -> Any:
-    import cupy
-
-    dtype = OUT_DTYPES[problem.out_dtype]
-    bits = np.uint16 if dtype.itemsize == 2 else np.uint32
-    return cupy.empty((problem.m, problem.n), dtype=bits).view(dtype)
 
 
 def _fill(out: Any, c: Any) -> None:

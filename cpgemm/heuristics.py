@@ -22,15 +22,36 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from cpgemm.config import SHARED_LIMIT, KernelConfig
+from cpgemm.config import SHARED_LIMIT, GroupedKernelConfig, KernelConfig
 from cpgemm.errors import reject
+from cpgemm.grouped_problem import GroupedProblem
 from cpgemm.problem import GemmProblem, OutDtype
 
-__all__ = ["H200", "Candidate", "Explanation", "Machine", "choose", "configurations", "explain"]
+__all__ = [
+    "H200",
+    "Candidate",
+    "Explanation",
+    "Machine",
+    "choose",
+    "choose_grouped",
+    "configurations",
+    "explain",
+    "grouped_configurations",
+]
+
+_Config = TypeVar("_Config", bound=KernelConfig)
 
 _MOST_STAGES = 16
+
+_GROUPED_TILES = (
+    (256, 128, 2, 1, 2),
+    (256, 128, 2, 1, 1),
+    (128, 128, 2, 1, 1),
+    (64, 128, 1, 1, 1),
+)
 
 # Fitted weights, in clocks at the unthrottled clock unless their name says otherwise.
 _BUSY = 0.602  # of the larger of tensor and shared: consumers overlap them with everything else
@@ -105,15 +126,29 @@ def _machine_of_device(device: int) -> Machine:
 @functools.lru_cache(maxsize=2)
 def configurations(out_dtype: OutDtype) -> tuple[KernelConfig, ...]:
     """The finite set of dense kernels for one output dtype."""
-    return tuple(_configuration(tile, out_dtype) for tile in _TILES)
+    return tuple(_deepest(KernelConfig, tile, out_dtype) for tile in _TILES)
 
 
-def _configuration(tile: tuple[int, int, int, int, int], out_dtype: OutDtype) -> KernelConfig:
+@functools.lru_cache(maxsize=2)
+def grouped_configurations(out_dtype: OutDtype) -> tuple[GroupedKernelConfig, ...]:
+    """The finite set of grouped kernels for one output dtype, the largest tile first."""
+    return tuple(
+        _deepest(GroupedKernelConfig, tile, out_dtype)
+        for tile in _GROUPED_TILES
+        # With float32 stores and multicast the scheduling producer runs out of registers.
+        if out_dtype == "bfloat16" or tile[4] == 1
+    )
+
+
+def _deepest(
+    kind: type[_Config], tile: tuple[int, int, int, int, int], out_dtype: OutDtype
+) -> _Config:
+    """The configuration of a tile with as many stages as fit."""
     block_m, block_n, consumers, cluster_m, cluster_n = tile
-    stage = (block_m + block_n) * 128 + block_m * 4 + 64
-    staging = block_m * block_n * 2 if out_dtype == "bfloat16" else 1024
-    stages = min((SHARED_LIMIT - staging - 2048) // stage, _MOST_STAGES)
-    return KernelConfig(block_m, block_n, stages, consumers, cluster_m, cluster_n, out_dtype)
+    least = kind(block_m, block_n, 2, consumers, cluster_m, cluster_n, out_dtype)
+    stage = (block_m + block_n) * 128 + block_m * 4 + 64  # with scales, barriers and a tile's place
+    stages = min(2 + (SHARED_LIMIT - least.shared_bytes) // stage, _MOST_STAGES)
+    return replace(least, stages=stages)
 
 
 @dataclass(frozen=True)
@@ -236,3 +271,23 @@ def _explain(problem: GemmProblem, machine: Machine) -> Explanation:
 def choose(problem: GemmProblem, machine: Machine = H200) -> KernelConfig:
     """The configuration that the model predicts to be fastest."""
     return _explain(problem, machine).choice.config
+
+
+def choose_grouped(
+    problem: GroupedProblem, expected_rows: int | None = None
+) -> GroupedKernelConfig:
+    """The kernel for a grouped product, by the rows that a group is expected to have.
+
+    Sizes are not known on the host; ``expected_rows`` is the caller's hint, by default the mean for
+    the contiguous layouts and 128 for the masked one.  A wrong hint costs little: kernels load
+    boxes of 16 rows for short tiles and leave out waves without rows.
+    """
+    if expected_rows is None:
+        expected_rows = 128 if problem.layout == "masked" else -(-problem.m // problem.groups)
+    block_m = 64 if expected_rows <= 64 else 128 if expected_rows <= 128 else 256
+    for config in grouped_configurations(problem.out_dtype):
+        # Pairs of blocks share a row tile: an odd number of column tiles would idle one of them.
+        columns = -(-problem.n // config.block_n)
+        if config.block_m == block_m and columns % config.cluster_n == 0:
+            return config
+    raise AssertionError("every tile height has a kernel without clusters")

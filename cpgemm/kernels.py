@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from cpgemm.config import KernelConfig
-from cpgemm.heuristics import configurations
+from cpgemm.heuristics import configurations, grouped_configurations
 from cpgemm.problem import OUT_DTYPES
 from cpgemm.render import KernelSource, render
 
@@ -29,4 +29,7 @@ def all_sources() -> list[KernelSource]:
     from cpgemm.quantize_kernels import quantize_sources
 
     dense = [gemm_source(config) for name in OUT_DTYPES for config in configurations(name)]
-    return [*dense, *quantize_sources()]
+    grouped = [
+        gemm_source(config) for name in OUT_DTYPES for config in grouped_configurations(name)
+    ]
+    return [*dense, *grouped, *quantize_sources()]

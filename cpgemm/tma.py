@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from cpgemm.layout import Array, pointer
+
 if TYPE_CHECKING:
     from cuda.core import TensorMapDescriptor
 
-__all__ = ["tensor_map"]
+__all__ = ["matrix_map", "row_pitch", "tensor_map"]
 
 # FP8 and bfloat16 travel as plain bytes and halves: TMA only moves them.
 _TYPESTR = {1: "|u1", 2: "<u2", 4: "<f4"}
@@ -64,3 +66,25 @@ def tensor_map(
     return view.as_tensor_map(
         box_dim=box, swizzle=modes[swizzle], l2_promotion=TensorMapL2Promotion.L2_256B
     )
+
+
+def row_pitch(array: Array) -> int:
+    """Bytes between the rows of (R, C), or of (G, R, C) whose groups follow one another.
+
+    A single row has no neighbour, and any stride; the pitch of a fresh allocation is given then.
+    """
+    *outer, rows, columns = array.shape
+    if rows > 1:
+        return int(array.strides[-2])
+    if outer and outer[0] > 1:
+        return int(array.strides[0])
+    return -(-columns * int(array.itemsize) // 16) * 16
+
+
+def matrix_map(array: Array, box: tuple[int, int], swizzle: int) -> TensorMapDescriptor:
+    """Map of a CuPy array (R, C), or (G, R, C) whose groups follow one another, as one matrix."""
+    *outer, rows, columns = array.shape
+    return tensor_map(
+        pointer(array), rows * (outer[0] if outer else 1), columns, row_pitch(array),
+        int(array.itemsize), box, swizzle, array.device.id,
+    )  # fmt: skip

@@ -11,7 +11,6 @@
 namespace descriptor {
 
 constexpr u32 kHigh = (1u << 30) | (1024u >> 4);
-constexpr u32 kStepK32 = 32u >> 4;
 constexpr u32 kStepRows64 = (64u * 128u) >> 4;
 
 // Broadcast from lane 0 so that the compiler keeps it in a uniform register, where wgmma wants it.

@@ -18,7 +18,7 @@
 #include "promotion.cuh"
 #include "ptx.cuh"
 
-// The wgmma instructions for kN columns; a kernel defines the one that it uses (templates/wgmma.j2).
+// The wgmma batch for kN columns; a kernel defines the one that it uses (templates/wgmma.j2).
 template <int kN>
 struct Wgmma;
 
@@ -70,8 +70,9 @@ struct Producer {
         ptx::mbarrier_wait(&shared.ring.empty[position.stage], position.phase ^ 1);
     }
 
-    // Loads rows row.. of A and rows column.. of B; `scale_b` points to this lane's row of column scales.
-    __device__ __forceinline__ void load(int row, int column, const float* scale_b) {
+    // Loads rows row.. of A and rows column.. of B. The scales of A lie at column scale_x, rows scale_y..,
+    // of their map; `scale_b` points to this lane's row of column scales.
+    __device__ __forceinline__ void load(int row, int column, int scale_x, int scale_y, const float* scale_b) {
         const u32 stage_bytes = rows_loaded * (Tile::kBlockK + 4) + Tile::kBlockN * Tile::kBlockK;
         for (int kb = 0; kb < k_blocks; ++kb) {
             const int s = position.stage;
@@ -81,7 +82,7 @@ struct Producer {
                 ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
                 load_a(s, kb * Tile::kBlockK, row, full);
                 load_b(s, kb * Tile::kBlockK, column, full);
-                ptx::tma_load_2d(shared.scale_a[s], map_scale_a, full, row, kb);
+                ptx::tma_load_2d(shared.scale_a[s], map_scale_a, full, scale_x, scale_y + kb);
             }
             if (lane < Tile::kSegments) {
                 ptx::cp_async_4(&shared.scale_b[s][lane], scale_b + kb);
@@ -141,7 +142,7 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < Tile::kBlockN / 2; ++i) total[wave][i] = 0.0f;
         }
-#pragma unroll 3
+#pragma unroll (kActive == Tile::kWaves ? 3 : 1)
         for (int kb = 0; kb < k_blocks; ++kb) {
             const int s = position.stage;
             wait_full();
@@ -155,7 +156,8 @@ struct Consumer {
                 const float row_scale = shared.scale_a[s][fragment_row + wave * 64];
                 const float row_scale_8 = shared.scale_a[s][fragment_row + wave * 64 + 8];
                 float partial[Tile::kBlockN / 2];
-                multiply_wave(partial, stage_a + wave * descriptor::kStepRows64, stage_b);
+                Wgmma<Tile::kBlockN>::k128(
+                    partial, descriptor::make(stage_a + wave * descriptor::kStepRows64), descriptor::make(stage_b));
                 if (wave == kActive - 1) release(s);  // all that lies in the stage has been read
                 promote<Tile::kBlockN, Tile::kSegment>(total[wave], partial, row_scale, row_scale_8, column_scale);
             }
@@ -170,18 +172,6 @@ struct Consumer {
             release(position.stage);
             position.advance();
         }
-    }
-
-    __device__ __forceinline__ void multiply_wave(float (&partial)[Tile::kBlockN / 2], u32 a, u32 b) {
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < Tile::kBlockK / 32; ++step) {
-            Wgmma<Tile::kBlockN>::k32(
-                partial, descriptor::make(a + step * descriptor::kStepK32),
-                descriptor::make(b + step * descriptor::kStepK32), step > 0);
-        }
-        ptx::wgmma_commit();
-        Wgmma<Tile::kBlockN>::wait_all(partial);
     }
 
     __device__ __forceinline__ void release(int s) {

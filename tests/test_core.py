@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gemm_checks import (
+    CUT,
     DENSE_SHAPES,
     assert_close,
     assert_guards_intact,
@@ -129,8 +130,8 @@ def test_long_k_does_not_drift(rng):
 def _check_drift(rng, xp):
     """Positive operands: truncation in the accumulator would add up along K without promotion.
 
-    The tensor core's partial sums of 128 are off by up to 2^-11 (gemm_checks), always downwards;
-    with promotion every 128 of K the relative error is the same for every K.
+    A partial sum of 128 is cut by up to 2^-10 of itself (gemm_checks), always downwards; with
+    promotion every 128 of K no error is larger than that of one k-block, whatever K.
     """
     errors = {}
     for k in (128, 2048, 32768):
@@ -141,5 +142,5 @@ def _check_drift(rng, xp):
         exact = a.dequantize(np.float64) @ b.dequantize(np.float64).T
         errors[k] = float(abs(got / exact - 1).max())
     print("largest relative error by K:", errors)
-    assert max(errors.values()) <= 2.0**-11
-    assert errors[32768] <= 1.5 * errors[128] + 2.0**-16
+    assert max(errors.values()) <= CUT
+    assert errors[32768] <= 1.1 * errors[128] + 2.0**-16

@@ -69,3 +69,15 @@ def test_pdl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CPGEMM_PDL", "yes")
     with pytest.raises(ArgumentError, match=r"CPGEMM_PDL.*0 or 1.*'yes'.*Unset"):
         env.pdl()
+
+
+def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CPGEMM_CHECK", raising=False)
+    assert env.check() is False
+    monkeypatch.setenv("CPGEMM_CHECK", " 1 ")
+    assert env.check() is True
+    monkeypatch.setenv("CPGEMM_CHECK", "0")
+    assert env.check() is False
+    monkeypatch.setenv("CPGEMM_CHECK", "true")
+    with pytest.raises(ArgumentError, match=r"CPGEMM_CHECK.*0 or 1.*'true'.*Unset"):
+        env.check()

@@ -27,6 +27,7 @@
 #include "mainloop.cuh"
 #include "ptx.cuh"
 #include "scheduler.cuh"
+#include "tile_store.cuh"
 
 constexpr int kBlockM = 256;
 constexpr int kBlockN = 128;
@@ -37,34 +38,43 @@ constexpr int kClusterN = 1;
 constexpr int kRasterGroup = 8;
 constexpr int kSegment = 128;
 constexpr int kStoreChunk = 64;  // columns per TMA store box
-constexpr int kProducerRegisters = 40;
+constexpr int kProducerRegisters = 48;
 constexpr int kConsumerRegisters = 232;
 constexpr int kSharedBytes = 217088;
 using Element = u16;
 
-// wgmma m64n128k32, e4m3 x e4m3 -> float32, both operands in shared memory.
+// d = A @ B.T for 64 rows of A, 128 rows of B and 128 of K: four wgmma m64n128k32, e4m3 x e4m3 -> float32, both
+// operands in shared memory; the first one overwrites d. Fence, batch, commit and wait are one statement, so
+// that the compiler can put nothing between them: a register touched there would serialise the pipeline.
 template <>
 struct Wgmma<128> {
-    // d = A @ B.T for 64 rows of A, 128 rows of B and 32 of K; adds to d when `accumulate`.
-    static __device__ __forceinline__ void k32(float (&d)[64], u64 a, u64 b, bool accumulate) {
+    static __device__ __forceinline__ void k128(float (&d)[64], u64 a, u64 b) {
         asm volatile(
             "{\n\t"
-            ".reg .pred accumulate;\n\t"
-            "setp.ne.b32 accumulate, %66, 0;\n\t"
+            ".reg .b64 a, b;\n\t"
+            "wgmma.fence.sync.aligned;\n\t"
+            "add.u64 a, %64, 0;\n\t"
+            "add.u64 b, %65, 0;\n\t"
             "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
-            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-            "%64, %65, accumulate, 1, 1;\n\t"
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, a, b, 0, 1, 1;\n\t"
+            "add.u64 a, %64, 2;\n\t"
+            "add.u64 b, %65, 2;\n\t"
+            "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, a, b, 1, 1, 1;\n\t"
+            "add.u64 a, %64, 4;\n\t"
+            "add.u64 b, %65, 4;\n\t"
+            "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, a, b, 1, 1, 1;\n\t"
+            "add.u64 a, %64, 6;\n\t"
+            "add.u64 b, %65, 6;\n\t"
+            "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, a, b, 1, 1, 1;\n\t"
+            "wgmma.commit_group.sync.aligned;\n\t"
+            "wgmma.wait_group.sync.aligned 0;\n\t"
             "}"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-            : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-    }
-
-    // Waits for every wgmma of this warpgroup. Naming the accumulators keeps their readers behind the wait.
-    static __device__ __forceinline__ void wait_all(float (&d)[64]) {
-        asm volatile(
-            "wgmma.wait_group.sync.aligned 0;"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-            :: "memory");
+            : "l"(a), "l"(b)
+            : "memory");
     }
 };
 
@@ -101,52 +111,31 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
         if (warp == 0) {
             Producer<Tile> producer{shared, &map_a, &map_scale_a, &map_b, rows_loaded, k_blocks, lane, rank};
             while (tiles.advance()) {
-                const int column = tiles.block_n * kBlockN;
+                const int row = tiles.block_m * kBlockM, column = tiles.block_n * kBlockN;
                 const int scale_row = min((column + lane * kSegment) / 128, (n - 1) / 128);
-                producer.load(tiles.block_m * kBlockM, column, scale_b + static_cast<long long>(scale_row) * k_blocks);
+                producer.load(row, column, row, 0, scale_b + static_cast<long long>(scale_row) * k_blocks);
             }
             ptx::grid_launch_dependents();
         }
     } else {
         if (kConsumers > 1) ptx::registers_increase<kConsumerRegisters>();
         Consumer<Tile> consumer(shared, warpgroup, warp, lane);
-        const bool issuer = warp == 0 && lane == 0;
-        u8* buffer = shared.d[Tile::kStaged ? warpgroup : 0];
+        TileStore<Tile, kStoreChunk> output(shared, map_d, d, pitch_d, n, warpgroup, warp, lane);
         float total[Tile::kWaves][kBlockN / 2];
 
         while (tiles.advance()) {
             consumer.multiply(total, k_blocks);
-
             const int row = tiles.block_m * kBlockM, column = tiles.block_n * kBlockN;
-            const int own_row = row + consumer.fragment_row, own_column = column + 2 * (lane % 4);
             if (c != nullptr) {
+                const int own_row = row + consumer.fragment_row, own_column = column + 2 * (lane % 4);
 #pragma unroll
                 for (int wave = 0; wave < Tile::kWaves; ++wave) {
                     epilogue::add_c<kBlockN>(total[wave], c, pitch_c, own_row + wave * 64, own_column, m, n);
                 }
             }
-            if constexpr (Tile::kStaged) {
-                if (issuer) ptx::tma_store_wait_read();
-                ptx::named_barrier(1 + warpgroup, 128);
-#pragma unroll
-                for (int wave = 0; wave < Tile::kWaves; ++wave) {
-                    epilogue::stage_bf16<kBlockN, Tile::kRowsPerConsumer, kStoreChunk>(
-                        total[wave], ptx::shared_address(buffer), wave * 64 + warp * 16, lane);
-                }
-                ptx::fence_async_shared();
-                ptx::named_barrier(1 + warpgroup, 128);
-                if (issuer) {
-                    epilogue::store_staged<kBlockN, Tile::kRowsPerConsumer, kStoreChunk>(
-                        map_d, buffer, row + consumer.first_row, column, m, n);
-                }
-            } else {
-#pragma unroll
-                for (int wave = 0; wave < Tile::kWaves; ++wave) {
-                    epilogue::store_direct<kBlockN>(total[wave], d, pitch_d, own_row + wave * 64, own_column, m, n);
-                }
-            }
+            output.store(total, row + consumer.first_row, m, column, false);
         }
-        if (Tile::kStaged && issuer) ptx::tma_store_wait_read();
+        output.drain();
     }
     finish<Tile>();
 }
