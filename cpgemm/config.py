@@ -32,7 +32,7 @@ class KernelConfig:
 
     ``block_m`` x ``block_n``  the tile of D that a block computes; K goes in steps of 128
     ``stages``                 depth of the ring of shared-memory stages
-    ``consumers``              warpgroups that issue wgmma; each owns ``block_m / consumers`` rows
+    ``consumers``              warpgroups that issue wgmma; waves of 64 rows go to them in turn
     ``cluster_m``              2: two blocks share a column tile and B is multicast to both
     ``cluster_n``              2: two blocks share a row tile and A is multicast to both
     ``out_dtype``              of C and D
@@ -106,7 +106,7 @@ class KernelConfig:
     @property
     def producer_registers(self) -> int:
         """Registers a producer thread keeps after ``setmaxnreg`` (a multiple of 8)."""
-        return 32 if self.consumers == 3 else 48
+        return 32 if self.consumers == 3 else 40
 
     @property
     def consumer_registers(self) -> int:
@@ -120,6 +120,11 @@ class KernelConfig:
         return math.gcd(self.block_n, _BLOCK_K)
 
     @property
+    def scale_rows(self) -> int:
+        """Scales of A that a stage has room for."""
+        return self.block_m
+
+    @property
     def store_chunk(self) -> int:
         """Columns of one TMA store box: the widest of TMA's swizzle spans that divides the tile."""
         return next(width for width in (64, 32, 16) if self.block_n % width == 0)
@@ -131,15 +136,15 @@ class KernelConfig:
 
     @property
     def store_box(self) -> tuple[int, int]:
-        """Rows and columns of one TMA store: a consumer's rows, ``store_chunk`` columns."""
-        return (self.block_m // self.consumers, self.store_chunk)
+        """Rows and columns of one TMA store: those of a wave, ``store_chunk`` columns."""
+        return (64, self.store_chunk)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory; the kernel asserts that its ``struct Shared`` has this size."""
         staging = self.block_m * self.block_n * 2 if self.staged else 1024
         tiles = self.stages * (self.block_m + self.block_n) * _BLOCK_K + staging
-        row_scales = self.stages * self.block_m * 4
+        row_scales = self.stages * self.scale_rows * 4
         column_scales = self.stages * (self.block_n // self.scale_segment) * 4
         barriers = 2 * self.stages * 8
         scales_end = _round_up(tiles, 128) + row_scales + column_scales
@@ -194,6 +199,21 @@ class GroupedKernelConfig(KernelConfig):
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the dense kernel's, a place per stage and the table of groups."""
         return super().shared_bytes + _round_up(16 * self.stages + 4 * (self.max_groups + 1), 1024)
+
+    @property
+    def scale_box(self) -> int:
+        """Scales of A in one TMA box. A tile may start at any row, a box at multiples of 4."""
+        return 128
+
+    @property
+    def scale_rows(self) -> int:
+        """Whole boxes that hold the scales of a tile and up to three in front of them."""
+        return _round_up(self.block_m + 3, self.scale_box)
+
+    @property
+    def takes_indices(self) -> bool:
+        """Whether tiles never straddle the blocks of 128 rows that ``m_indices`` is made of."""
+        return self.block_m in (64, 128, 256)
 
     @property
     def rows_few(self) -> int:

@@ -166,19 +166,13 @@ def _arguments(
     index: Any,
 ) -> tuple[Any, ...]:
     """The kernel's parameters in their order, in the units of its signature."""
-    masked = problem.layout == "masked"
-    groups = problem.groups if masked else 1
-    device = a.data.device.id
-
-    def maps_of_a(rows: int) -> tuple[Any, Any]:
-        scales = tensor_map(
-            pointer(a.scales), groups * problem.k_blocks, problem.m, 4 * a.scales_pitch, 4,
-            (1, rows), 0, device,
-        )  # fmt: skip
-        return matrix_map(a.data, (rows // config.cluster_n, BLOCK), 128), scales
-
-    map_a, map_scale_a = maps_of_a(config.block_m)
-    map_few, map_scale_few = maps_of_a(config.rows_few) if config.rows_few else (map_a, map_scale_a)
+    groups = problem.groups if problem.layout == "masked" else 1
+    map_a = matrix_map(a.data, (config.block_m // config.cluster_n, BLOCK), 128)
+    map_few = matrix_map(a.data, (config.rows_few, BLOCK), 128) if config.rows_few else map_a
+    map_scale_a = tensor_map(
+        pointer(a.scales), groups * problem.k_blocks, problem.m, 4 * a.scales_pitch, 4,
+        (1, config.scale_box), 0, a.data.device.id,
+    )  # fmt: skip
     map_b = matrix_map(b.data, (config.block_n, BLOCK), 128)
     # The float32 kernels store from registers and never look at their map of D.
     map_d = matrix_map(out, config.store_box, config.store_box[1] * 2) if config.staged else map_a
@@ -187,7 +181,6 @@ def _arguments(
         map_few,
         map_b,
         map_scale_a,
-        map_scale_few,
         map_d,
         np.uint64(pointer(b.scales)),
         np.uint64(pointer(index)),

@@ -49,8 +49,10 @@ _MOST_STAGES = 16
 _GROUPED_TILES = (
     (256, 128, 2, 1, 2),
     (256, 128, 2, 1, 1),
+    (192, 128, 3, 1, 1),
     (128, 128, 2, 1, 1),
     (64, 128, 1, 1, 1),
+    (64, 96, 1, 1, 1),
 )
 
 # Fitted weights, in clocks at the unthrottled clock unless their name says otherwise.
@@ -75,8 +77,6 @@ _TILES = (
     (128, 128, 2, 1, 2),
     (128, 96, 2, 1, 1),
     (128, 64, 2, 1, 1),
-    (128, 32, 2, 1, 1),
-    (128, 16, 2, 1, 1),
     (64, 128, 1, 1, 1),
     (64, 96, 1, 1, 1),
     (64, 64, 1, 1, 1),
@@ -146,7 +146,9 @@ def _deepest(
     """The configuration of a tile with as many stages as fit."""
     block_m, block_n, consumers, cluster_m, cluster_n = tile
     least = kind(block_m, block_n, 2, consumers, cluster_m, cluster_n, out_dtype)
-    stage = (block_m + block_n) * 128 + block_m * 4 + 64  # with scales, barriers and a tile's place
+    stage = (
+        (block_m + block_n) * 128 + least.scale_rows * 4 + 64
+    )  # with scales, barriers and a tile's place
     stages = min(2 + (SHARED_LIMIT - least.shared_bytes) // stage, _MOST_STAGES)
     return replace(least, stages=stages)
 

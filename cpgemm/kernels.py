@@ -26,10 +26,12 @@ def gemm_source(config: KernelConfig) -> KernelSource:
 
 def all_sources() -> list[KernelSource]:
     """Every kernel that cpgemm may ever compile by itself; no shape adds another."""
+    from cpgemm.floor import stream_source
+    from cpgemm.moe_kernels import moe_sources
     from cpgemm.quantize_kernels import quantize_sources
 
     dense = [gemm_source(config) for name in OUT_DTYPES for config in configurations(name)]
     grouped = [
         gemm_source(config) for name in OUT_DTYPES for config in grouped_configurations(name)
     ]
-    return [*dense, *grouped, *quantize_sources()]
+    return [*dense, *grouped, *quantize_sources(), *moe_sources(), stream_source()]

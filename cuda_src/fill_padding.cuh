@@ -19,7 +19,8 @@ struct PaddingFiller {
     __device__ __forceinline__ void fill(const GroupedProblem& problem) const {
         if (problem.layout == kIndices) {
             for (int row = warp; row < problem.m; row += warps) {
-                if (problem.index[row] < 0) zero_row(row);
+                const int group = problem.index[row];
+                if (group < 0 || group >= problem.groups) zero_row(row);
             }
             return;
         }

@@ -22,9 +22,18 @@ enum GroupLayout : int { kOffsets = 0, kEnds = 1, kMasked = 2, kIndices = 3 };
 constexpr int kAlignment = 128;  // rows, of starts in kEnds and of blocks in kIndices
 
 // Rows row .. row_end of A and D, columns column .. of the group's B and of D.
-struct alignas(16) GroupedTile {
+struct GroupedTile {
     int row, row_end, column, group;
 };
+
+// What the consumers learn of it; its first row's scale is number scale_shift of those loaded.
+struct alignas(16) TilePlace {
+    int row, row_end, column, scale_shift;
+};
+
+// A condition that is equal across the warp, in a form that the compiler knows to be: a branch on it is no
+// divergence, behind which wgmma would lose its uniform operands.
+__device__ __forceinline__ bool uniform(bool condition) { return __any_sync(0xffffffffu, condition); }
 
 struct GroupedProblem {
     const int* index;
@@ -53,20 +62,24 @@ struct GroupedProblem {
     // Group of the aligned block that starts at `row`, -1 for none, and how many of its rows are valid.
     // Called by a whole warp.
     __device__ __forceinline__ int2 block(int row, int lane) const {
+        int own[kAlignment / 32];
+#pragma unroll
+        for (int i = 0; i < kAlignment / 32; ++i) {
+            const int at = row + i * 32 + lane;
+            own[i] = at < m ? index[at] : -1;
+        }
         int valid = 0;
 #pragma unroll
-        for (int i = 0; i < kAlignment; i += 32) {
-            const bool mine = row + i + lane < m && index[row + i + lane] >= 0;
-            valid += __popc(__ballot_sync(0xffffffffu, mine));
-        }
-        const int group = row < m ? index[row] : -1;
+        for (int i = 0; i < kAlignment / 32; ++i) valid += __popc(__ballot_sync(0xffffffffu, own[i] >= 0));
+        const int group = __shfl_sync(0xffffffffu, own[0], 0);
         return make_int2(group >= 0 && group < groups ? group : -1, valid);
     }
 };
 
 template <int kBlockM, int kBlockN, int kClusterN, int kRasterGroup>
 struct GroupScheduler {
-    static_assert(kBlockM <= 2 * kAlignment, "a tile spans two blocks of kIndices at most");
+    // kIndices needs tiles that do not straddle its blocks; the host keeps other heights from it.
+    static constexpr bool kTakesIndices = kAlignment % kBlockM == 0 || kBlockM == 2 * kAlignment;
 
     const GroupedProblem& problem;
     int* tiles_before;  // shared memory, groups + 1: row tiles of all earlier groups
@@ -134,7 +147,7 @@ struct GroupScheduler {
             const int row = (raster * kRasterGroup + in_raster - column * raster_rows) * kBlockM;
             tile.column = (column * kClusterN + (kClusterN > 1 ? rank : 0)) * kBlockN;
             next += stride;
-            if (problem.layout != kIndices) {
+            if (!kTakesIndices || problem.layout != kIndices) {
                 const int2 range = problem.range(group);
                 tile.row = range.x + row;
                 tile.row_end = range.y;

@@ -25,7 +25,7 @@ struct Wgmma;
 // The decisions that shape the loop, with what follows from them.
 template <
     int kBlockM_, int kBlockN_, int kStages_, int kConsumers_, int kClusterM_, int kClusterN_, int kSegment_,
-    typename Element_>
+    int kScaleRows_, typename Element_>
 struct TileConfig {
     using Element = Element_;  // of C and D
     static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kBlockK = 128;
@@ -35,10 +35,12 @@ struct TileConfig {
     static constexpr int kClusterN = kClusterN_;  // 2: they share a row tile, A is multicast
     static constexpr int kSegment = kSegment_;    // columns that surely share one scale of B
     static constexpr int kSegments = kBlockN / kSegment;
+    static constexpr int kScaleRows = kScaleRows_;  // scales of A that a stage has room for, kBlockM at least
     static constexpr int kCluster = kClusterM * kClusterN;
     static constexpr int kThreads = 128 * (kConsumers + 1);
-    static constexpr int kRowsPerConsumer = kBlockM / kConsumers;
-    static constexpr int kWaves = kRowsPerConsumer / 64;
+    // Waves of 64 rows go to the consumers in turn, so that a tile with few rows keeps them all at work.
+    static constexpr int kWaves = kBlockM / (64 * kConsumers);
+    static constexpr int kWaveStride = 64 * kConsumers;  // rows between two waves of one consumer
     static constexpr bool kStaged = sizeof(Element) == 2;  // D goes through shared memory and TMA
     static constexpr u32 kFullArrivals = 1 + kSegments;
     static constexpr u32 kEmptyArrivals = kCluster * kConsumers * 4;
@@ -50,8 +52,8 @@ struct SharedMemory {
     alignas(1024) u8 a[Tile::kStages][Tile::kBlockM * Tile::kBlockK];
     alignas(1024) u8 b[Tile::kStages][Tile::kBlockN * Tile::kBlockK];
     alignas(1024) u8 d[Tile::kStaged ? Tile::kConsumers : 1]
-                      [Tile::kStaged ? Tile::kRowsPerConsumer * Tile::kBlockN * 2 : 1024];
-    alignas(128) float scale_a[Tile::kStages][Tile::kBlockM];
+                      [Tile::kStaged ? Tile::kWaves * 64 * Tile::kBlockN * 2 : 1024];
+    alignas(128) float scale_a[Tile::kStages][Tile::kScaleRows];
     float scale_b[Tile::kStages][Tile::kSegments];
     alignas(8) StageRing<Tile::kStages> ring;
 };
@@ -61,7 +63,8 @@ template <class Tile>
 struct Producer {
     SharedMemory<Tile>& shared;
     const TensorMap *map_a, *map_scale_a, *map_b;
-    int rows_loaded;  // rows of the boxes of map_a (of all blocks of the cluster together) and map_scale_a
+    int rows_loaded;              // rows of map_a's boxes, of all blocks of the cluster together
+    int scale_boxes, scale_rows;  // how many boxes of map_scale_a a stage takes, and scales in each
     int k_blocks, lane;
     u32 rank;
     StagePosition<Tile::kStages> position{};
@@ -71,9 +74,11 @@ struct Producer {
     }
 
     // Loads rows row.. of A and rows column.. of B. The scales of A lie at column scale_x, rows scale_y..,
-    // of their map; `scale_b` points to this lane's row of column scales.
+    // of their map; `scale_b` points to this lane's row of column scales. TMA wants the first byte of a
+    // box at a multiple of 16: scale_x is a multiple of 4, or the GPU stops with an illegal instruction.
     __device__ __forceinline__ void load(int row, int column, int scale_x, int scale_y, const float* scale_b) {
-        const u32 stage_bytes = rows_loaded * (Tile::kBlockK + 4) + Tile::kBlockN * Tile::kBlockK;
+        const u32 stage_bytes =
+            (rows_loaded + Tile::kBlockN) * Tile::kBlockK + scale_boxes * scale_rows * static_cast<int>(sizeof(float));
         for (int kb = 0; kb < k_blocks; ++kb) {
             const int s = position.stage;
             u64* full = &shared.ring.full[s];
@@ -82,7 +87,10 @@ struct Producer {
                 ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
                 load_a(s, kb * Tile::kBlockK, row, full);
                 load_b(s, kb * Tile::kBlockK, column, full);
-                ptx::tma_load_2d(shared.scale_a[s], map_scale_a, full, scale_x, scale_y + kb);
+                for (int i = 0; i < scale_boxes; ++i) {
+                    float* part = shared.scale_a[s] + i * scale_rows;
+                    ptx::tma_load_2d(part, map_scale_a, full, scale_x + i * scale_rows, scale_y + kb);
+                }
             }
             if (lane < Tile::kSegments) {
                 ptx::cp_async_4(&shared.scale_b[s][lane], scale_b + kb);
@@ -113,39 +121,45 @@ struct Producer {
     }
 };
 
-// Called by all 128 threads of a consumer warpgroup.
+// Called by all 128 threads of a consumer warpgroup. `position` is where the present tile starts: a kernel
+// moves it on itself, outside of any branch between multiply and skip. Were it moved inside, the compiler
+// could not tell that it is equal in all threads, and wgmma's descriptors would leave the uniform registers.
 template <class Tile>
 struct Consumer {
     using Total = float[Tile::kWaves][Tile::kBlockN / 2];
 
     SharedMemory<Tile>& shared;
-    int first_row;     // of this warpgroup in the tile
+    int first_row;     // of this warpgroup's first wave in the tile
     int fragment_row;  // of this thread's first element in the tile
     int lane;
     u32 low_a, low_b;  // descriptors of stage 0
     StagePosition<Tile::kStages> position{};
 
     __device__ __forceinline__ Consumer(SharedMemory<Tile>& memory, int warpgroup, int warp, int lane_)
-        : shared(memory), first_row(warpgroup * Tile::kRowsPerConsumer), lane(lane_) {
+        : shared(memory), first_row(warpgroup * 64), lane(lane_) {
         fragment_row = first_row + warp * 16 + lane / 4;
         low_a = descriptor::low_word(shared.a[0] + first_row * Tile::kBlockK);
         low_b = descriptor::low_word(shared.b[0]);
     }
 
-    __device__ __forceinline__ void wait_full() { ptx::mbarrier_wait(&shared.ring.full[position.stage], position.phase); }
+    __device__ __forceinline__ void wait_full(const StagePosition<Tile::kStages>& at) {
+        ptx::mbarrier_wait(&shared.ring.full[at.stage], at.phase);
+    }
 
-    // One tile; the waves behind the first kActive have no rows and are left out.
+    // One tile; the waves behind the first kActive have no rows and are left out. The scale of the tile's
+    // first row is number `scale_shift` of the stage.
     template <int kActive = Tile::kWaves>
-    __device__ __forceinline__ void multiply(Total& total, int k_blocks) {
+    __device__ __forceinline__ void multiply(Total& total, int k_blocks, int scale_shift = 0) {
 #pragma unroll
         for (int wave = 0; wave < kActive; ++wave) {
 #pragma unroll
             for (int i = 0; i < Tile::kBlockN / 2; ++i) total[wave][i] = 0.0f;
         }
+        StagePosition<Tile::kStages> at = position;
 #pragma unroll (kActive == Tile::kWaves ? 3 : 1)
         for (int kb = 0; kb < k_blocks; ++kb) {
-            const int s = position.stage;
-            wait_full();
+            const int s = at.stage;
+            wait_full(at);
             float column_scale[Tile::kSegments];
 #pragma unroll
             for (int i = 0; i < Tile::kSegments; ++i) column_scale[i] = shared.scale_b[s][i];
@@ -153,24 +167,26 @@ struct Consumer {
             const u32 stage_b = low_b + s * (Tile::kBlockN * Tile::kBlockK / 16);
 #pragma unroll
             for (int wave = 0; wave < kActive; ++wave) {
-                const float row_scale = shared.scale_a[s][fragment_row + wave * 64];
-                const float row_scale_8 = shared.scale_a[s][fragment_row + wave * 64 + 8];
+                const float* row_scales = shared.scale_a[s] + scale_shift + fragment_row + wave * Tile::kWaveStride;
+                const float row_scale = row_scales[0], row_scale_8 = row_scales[8];
                 float partial[Tile::kBlockN / 2];
                 Wgmma<Tile::kBlockN>::k128(
-                    partial, descriptor::make(stage_a + wave * descriptor::kStepRows64), descriptor::make(stage_b));
+                    partial, descriptor::make(stage_a + wave * Tile::kConsumers * descriptor::kStepRows64), descriptor::make(stage_b));
                 if (wave == kActive - 1) release(s);  // all that lies in the stage has been read
                 promote<Tile::kBlockN, Tile::kSegment>(total[wave], partial, row_scale, row_scale_8, column_scale);
             }
-            position.advance();
+            at.advance();
         }
     }
 
     // A tile in which this warpgroup has no rows: keeps the ring turning.
     __device__ __forceinline__ void skip(int k_blocks) {
+        StagePosition<Tile::kStages> at = position;
         for (int kb = 0; kb < k_blocks; ++kb) {
-            wait_full();
-            release(position.stage);
-            position.advance();
+            wait_full(at);
+            __syncwarp();
+            release(at.stage);
+            at.advance();
         }
     }
 
@@ -195,9 +211,11 @@ __device__ __forceinline__ void start(SharedMemory<Tile>& shared) {
     }
 }
 
-// No block may leave while its peer can still arrive on its barriers.
+// No block may leave while its peer can still arrive on its barriers. The cluster's barrier is of the
+// aligned kind: the lanes of a warp must have met again.
 template <class Tile>
 __device__ __forceinline__ void finish() {
+    __syncwarp();
     if (Tile::kCluster > 1) {
         ptx::cluster_arrive();
         ptx::cluster_wait();

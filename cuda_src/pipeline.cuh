@@ -34,4 +34,10 @@ struct StagePosition {
         stage = wrap ? 0 : stage + 1;
         phase ^= static_cast<u32>(wrap);
     }
+
+    __device__ __forceinline__ void advance(int steps) {
+        const int ahead = stage + steps;
+        stage = ahead % kStages;
+        phase ^= static_cast<u32>(ahead / kStages) & 1;
+    }
 };

@@ -148,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(
         f"relative error {error:.4f} against float64 (tolerance {TOLERANCE}), "
-        f"largest {np.abs(got - wanted).max(initial=0.0):.4f} of {np.abs(wanted).max(initial=0.0):.4f}"
+        f"largest {np.abs(got - wanted).max(initial=0.0):.4f} "
+        f"of {np.abs(wanted).max(initial=0.0):.4f}"
     )
     return 0 if error <= TOLERANCE else 1
 

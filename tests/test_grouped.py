@@ -28,6 +28,7 @@ from grouped_checks import (
 import cpgemm
 from cpgemm.errors import ArgumentError
 from cpgemm.grouped_reference import grouped_reference
+from cpgemm.heuristics import grouped_configurations
 from cpgemm.scaled import ScaledTensor
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -175,6 +176,26 @@ def test_mixture_of_experts_sizes(rng, layout, sizes, m_max, n, k):
     case = Case(rng, layout, sizes, n, k, cp, m_max=m_max)
     case.call()
     case.check()
+
+
+@pytest.mark.gpu
+@both_dtypes
+@each_layout
+def test_every_configuration(rng, layout, out_dtype):
+    """Each kernel, whatever the choice for these sizes would be, with and without zero-filling."""
+    import cupy as cp
+
+    from cpgemm.grouped import launch_grouped
+
+    sizes = [0, 1, 77, 128, 129, 0, 300, 64]
+    for config in grouped_configurations(out_dtype):
+        for fill_padding in {False, layout != "masked"}:
+            case = Case(
+                rng, layout, sizes, 392, 400, cp, out_dtype=out_dtype, first=9, spare=140,
+                fill_padding=fill_padding,
+            )  # fmt: skip
+            launch_grouped(case.problem, config, case.a, case.b, case.out, case.index)
+            case.check()
 
 
 @pytest.mark.gpu

@@ -44,8 +44,9 @@ def test_main_reports_its_error(
     example: ModuleType, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the GPU where there is one, on NumPy elsewhere; sizes that leave an expert few rows."""
-    sizes = ["--tokens", "40", "--hidden", "256", "--inner", "128", "--experts", "8", "--top-k", "2"]
-    assert example.main([*sizes, "--layout", layout]) == 0
+    sizes = {"tokens": 40, "hidden": 256, "inner": 128, "experts": 8, "top-k": 2}
+    options = [f"--{name}={size}" for name, size in sizes.items()]
+    assert example.main([*options, "--layout", layout]) == 0
     found = re.search(r"relative error (0\.\d+) against float64", capsys.readouterr().out)
     assert found is not None and 0.02 < float(found.group(1)) <= example.TOLERANCE
 

@@ -13,7 +13,7 @@
 //   D[m, n] = cast(C[m, n] + sum_kb sA[m, kb] * sB[n / 128, kb] * sum_{k in kb} A[m, k] * B[n, k])
 //
 // Roles (kConsumers + 1 warpgroups of 128 threads)
-//   consumers 0 .. kConsumers-1   each owns kBlockM / kConsumers rows of the tile: wgmma, promotion, store
+//   consumers 0 .. kConsumers-1   each owns every kConsumers-th 64 rows of the tile: wgmma, promotion, store
 //   producer  (last warpgroup)    its warp 0 keeps the ring of stages full; its other warps leave at once
 //
 // Barriers: full[s] and empty[s] of the ring, with the arrivals that mainloop.cuh lists; a named barrier
@@ -38,7 +38,7 @@ constexpr int kClusterN = 1;
 constexpr int kRasterGroup = 8;
 constexpr int kSegment = 128;
 constexpr int kStoreChunk = 64;  // columns per TMA store box
-constexpr int kProducerRegisters = 48;
+constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 constexpr int kSharedBytes = 217088;
 using Element = u16;
@@ -78,7 +78,7 @@ struct Wgmma<128> {
     }
 };
 
-using Tile = TileConfig<kBlockM, kBlockN, kStages, kConsumers, kClusterM, kClusterN, kSegment, Element>;
+using Tile = TileConfig<kBlockM, kBlockN, kStages, kConsumers, kClusterM, kClusterN, kSegment, kBlockM, Element>;
 using Scheduler = TileScheduler<kBlockM, kBlockN, kClusterM, kClusterN, kRasterGroup>;
 static_assert(sizeof(SharedMemory<Tile>) == kSharedBytes, "the host's shared memory size differs from the kernel's");
 
@@ -109,7 +109,8 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
     if (warpgroup == kConsumers) {
         if (kConsumers > 1) ptx::registers_decrease<kProducerRegisters>();
         if (warp == 0) {
-            Producer<Tile> producer{shared, &map_a, &map_scale_a, &map_b, rows_loaded, k_blocks, lane, rank};
+            Producer<Tile> producer{
+                shared, &map_a, &map_scale_a, &map_b, rows_loaded, 1, rows_loaded, k_blocks, lane, rank};
             while (tiles.advance()) {
                 const int row = tiles.block_m * kBlockM, column = tiles.block_n * kBlockN;
                 const int scale_row = min((column + lane * kSegment) / 128, (n - 1) / 128);
@@ -125,12 +126,13 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
 
         while (tiles.advance()) {
             consumer.multiply(total, k_blocks);
+            consumer.position.advance(k_blocks);
             const int row = tiles.block_m * kBlockM, column = tiles.block_n * kBlockN;
             if (c != nullptr) {
                 const int own_row = row + consumer.fragment_row, own_column = column + 2 * (lane % 4);
 #pragma unroll
                 for (int wave = 0; wave < Tile::kWaves; ++wave) {
-                    epilogue::add_c<kBlockN>(total[wave], c, pitch_c, own_row + wave * 64, own_column, m, n);
+                    epilogue::add_c<kBlockN>(total[wave], c, pitch_c, own_row + wave * Tile::kWaveStride, own_column, m, n);
                 }
             }
             output.store(total, row + consumer.first_row, m, column, false);
