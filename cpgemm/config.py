@@ -210,10 +210,13 @@ class GroupedKernelConfig(KernelConfig):
         """Whole boxes that hold the scales of a tile and up to three in front of them."""
         return _round_up(self.block_m + 3, self.scale_box)
 
-    @property
-    def takes_indices(self) -> bool:
-        """Whether tiles never straddle the blocks of 128 rows that ``m_indices`` is made of."""
-        return self.block_m in (64, 128, 256)
+    def why_not_layout(self, layout: str, n: int) -> str | None:
+        """Why this kernel suits no product of ``layout`` with ``n`` columns; None when it does."""
+        if layout == "m_indices" and self.block_m not in (64, 128, 256):
+            return "its tiles straddle the blocks of 128 rows that m_indices is made of"
+        if -(-n // self.block_n) % self.cluster_n:
+            return "an odd number of column tiles would idle one block of a pair"
+        return None
 
     @property
     def rows_few(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from cpgemm import env, launch
 from cpgemm.compiler import load_kernel
 from cpgemm.config import GroupedKernelConfig
+from cpgemm.errors import reject
 from cpgemm.group_index import GROUP_LAYOUTS, select_layout
 from cpgemm.grouped_problem import GroupedProblem, contiguous_alignment
 from cpgemm.grouped_reference import grouped_reference
@@ -132,7 +133,8 @@ def _run(
         if out is None:
             out = empty_result(problem.shape, problem.out_dtype)
         if out.size:
-            config = choose_grouped(problem, expected_m)
+            machine = Machine.of_device(a.data.device.id)
+            config = choose_grouped(problem, expected_m, machine)
             launch_grouped(problem, config, a, b, out, index)
     return out
 
@@ -146,6 +148,9 @@ def launch_grouped(
     index: Any,
 ) -> None:
     """Launch a chosen kernel on operands that obey every rule and lie on CuPy's current device."""
+    refusal = config.why_not_layout(problem.layout, problem.n)
+    if refusal:
+        reject("config", f"must suit {problem}", f"{config.name}: {refusal}", "Leave it out.")
     source = gemm_source(config)
     # No more blocks than tiles when every group ends in a short one.
     row_tiles = -(-problem.rows // config.block_m) + problem.groups

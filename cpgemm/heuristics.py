@@ -47,8 +47,8 @@ _Config = TypeVar("_Config", bound=KernelConfig)
 _MOST_STAGES = 16
 
 _GROUPED_TILES = (
-    (256, 128, 2, 1, 2),
     (256, 128, 2, 1, 1),
+    (256, 128, 2, 1, 2),
     (192, 128, 3, 1, 1),
     (128, 128, 2, 1, 1),
     (64, 128, 1, 1, 1),
@@ -275,21 +275,67 @@ def choose(problem: GemmProblem, machine: Machine = H200) -> KernelConfig:
     return _explain(problem, machine).choice.config
 
 
+# Row counts that a masked group may well have, when nobody says.
+_PLAUSIBLE_ROWS = (16, 64, 256, 1024)
+
+
 def choose_grouped(
-    problem: GroupedProblem, expected_rows: int | None = None
+    problem: GroupedProblem, expected_rows: int | None = None, machine: Machine = H200
 ) -> GroupedKernelConfig:
     """The kernel for a grouped product, by the rows that a group is expected to have.
 
-    Sizes are not known on the host; ``expected_rows`` is the caller's hint, by default the mean for
-    the contiguous layouts and 128 for the masked one.  A wrong hint costs little: kernels load
-    boxes of 16 rows for short tiles and leave out waves without rows.
+    Sizes are not known on the host.  ``expected_rows`` is the caller's hint; without one the mean
+    is taken for the contiguous layouts, and for the masked one the kernel whose worst case over a
+    spread of plausible counts is mildest.
     """
-    if expected_rows is None:
-        expected_rows = 128 if problem.layout == "masked" else -(-problem.m // problem.groups)
-    block_m = 64 if expected_rows <= 64 else 128 if expected_rows <= 128 else 256
-    for config in grouped_configurations(problem.out_dtype):
-        # Pairs of blocks share a row tile: an odd number of column tiles would idle one of them.
-        columns = -(-problem.n // config.block_n)
-        if config.block_m == block_m and columns % config.cluster_n == 0:
-            return config
-    raise AssertionError("every tile height has a kernel without clusters")
+    candidates = [
+        config
+        for config in grouped_configurations(problem.out_dtype)
+        if config.why_not_layout(problem.layout, problem.n) is None
+    ]
+
+    def times(rows: int) -> list[float]:
+        return [_predict_grouped(problem, config, rows, machine) for config in candidates]
+
+    if expected_rows is None and problem.layout == "masked":
+        spread = {min(rows, problem.m) for rows in _PLAUSIBLE_ROWS}
+        costs = [
+            max(time / min(column) for time, column in zip(row, columns, strict=True))
+            for columns in [[times(rows) for rows in sorted(spread)]]
+            for row in zip(*columns, strict=True)
+        ]
+    else:
+        mean = -(-problem.m // problem.groups)
+        costs = times(max(mean if expected_rows is None else min(expected_rows, problem.m), 1))
+    return candidates[costs.index(min(costs))]
+
+
+def _predict_grouped(
+    problem: GroupedProblem, config: GroupedKernelConfig, rows: int, machine: Machine
+) -> float:
+    """Microseconds for ``problem.groups`` groups of ``rows`` rows, launch not counted."""
+    full, tail = divmod(rows, config.block_m)
+    # A short tile costs the waves that it has, or the chain of the consumer with the most of them.
+    waves = -(-tail // 64)
+    chain = _CHAIN + _CHAIN_COLUMN[config.consumers] * config.block_n
+    whole = _k_block_clocks(config)
+    short = max(whole * waves * 64 / config.block_m, -(-waves // config.consumers) * chain)
+    row_tiles = full + (1 if tail else 0)
+    columns = -(-problem.n // (config.block_n * config.cluster_n)) * config.cluster_n
+    tiles = problem.groups * row_tiles * columns
+    turns = math.ceil(tiles / (machine.sms // config.cluster * config.cluster))
+    mean = (full * whole + (short if tail else 0.0)) / row_tiles
+    epilogue = _EPILOGUE + _EPILOGUE_ELEMENT[config.consumers] * config.block_m * config.block_n
+    # Measured beside the model: blocks of a pair wait for each other; three consumers start slowly.
+    measured = 1.05 if config.cluster > 1 else 1.1 if config.consumers == 3 else 1.0
+    compute_us = measured * turns * (problem.k_blocks * mean + epilogue) / (machine.clock_ghz * 1e3)
+    rows_loaded = config.block_m if tail == 0 or tail > config.rows_few else config.rows_few
+    box_rows = full * config.block_m + (rows_loaded if tail else 0)
+    boxes = problem.groups * columns * box_rows / config.cluster_n + tiles * config.block_n
+    lines = 2 if problem.k % 128 else 1
+    l2_us = boxes * problem.k_blocks * 128 * lines / (machine.l2_tbs * 1e6)
+    moved = problem.bytes(problem.groups * rows, problem.groups)
+    # 64 KiB of weights in flight per multiprocessor fill the memory system, 48 reach 85 %.
+    filled = min(1.0, 0.4 + 0.6 * config.stages * config.block_n * 128 / 65536)
+    dram_us = moved / (machine.dram_tbs * 1e6) / filled
+    return float((compute_us**3 + l2_us**3 + dram_us**3) ** (1 / 3))

@@ -31,6 +31,17 @@ struct alignas(16) TilePlace {
     int row, row_end, column, scale_shift;
 };
 
+// A warp's copy of a place. Lane 0 alone reads it, being the lane that later frees the stage.
+__device__ __forceinline__ TilePlace read_place(const TilePlace& shared_place, int lane) {
+    TilePlace place{};
+    if (lane == 0) place = shared_place;
+    place.row = __shfl_sync(0xffffffffu, place.row, 0);
+    place.row_end = __shfl_sync(0xffffffffu, place.row_end, 0);
+    place.column = __shfl_sync(0xffffffffu, place.column, 0);
+    place.scale_shift = __shfl_sync(0xffffffffu, place.scale_shift, 0);
+    return place;
+}
+
 // A condition that is equal across the warp, in a form that the compiler knows to be: a branch on it is no
 // divergence, behind which wgmma would lose its uniform operands.
 __device__ __forceinline__ bool uniform(bool condition) { return __any_sync(0xffffffffu, condition); }
