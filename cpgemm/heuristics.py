@@ -64,6 +64,7 @@ _EPILOGUE = 283.0
 _EPILOGUE_ELEMENT = {1: 0.0703, 2: 0.0703, 3: 0.0558}
 _FULL_GHZ, _FULL_TFLOPS = 1.566, 1200.0
 _LAUNCH_US = 2.39
+_CLUSTER_US = 0.5  # pairs of blocks start together and end together
 
 # (block_m, block_n, consumers, cluster_m, cluster_n): see docs/architecture.md for why these.
 _TILES = (
@@ -197,7 +198,8 @@ def _predict(problem: GemmProblem, config: KernelConfig, machine: Machine) -> Ca
     box_bytes = tiles * problem.k_blocks * 128 * (rows + config.block_n / config.cluster_m)
     l2_us = box_bytes * (2 if problem.k % 128 else 1) / (machine.l2_tbs * 1e6)
     dram_us = problem.bytes / (machine.dram_tbs * 1e6)
-    predicted = _LAUNCH_US + (compute_us**3 + l2_us**3 + dram_us**3) ** (1 / 3)
+    launch_us = _LAUNCH_US + (_CLUSTER_US if config.cluster > 1 else 0.0)
+    predicted = launch_us + (compute_us**3 + l2_us**3 + dram_us**3) ** (1 / 3)
     return Candidate(config, predicted, waves, compute_us, l2_us, dram_us)
 
 

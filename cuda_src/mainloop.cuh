@@ -132,11 +132,12 @@ struct Consumer {
     int first_row;     // of this warpgroup's first wave in the tile
     int fragment_row;  // of this thread's first element in the tile
     int lane;
+    u32 rank;
     u32 low_a, low_b;  // descriptors of stage 0
     StagePosition<Tile::kStages> position{};
 
-    __device__ __forceinline__ Consumer(SharedMemory<Tile>& memory, int warpgroup, int warp, int lane_)
-        : shared(memory), first_row(warpgroup * 64), lane(lane_) {
+    __device__ __forceinline__ Consumer(SharedMemory<Tile>& memory, int warpgroup, int warp, int lane_, u32 rank_)
+        : shared(memory), first_row(warpgroup * 64), lane(lane_), rank(rank_) {
         fragment_row = first_row + warp * 16 + lane / 4;
         low_a = descriptor::low_word(shared.a[0] + first_row * Tile::kBlockK);
         low_b = descriptor::low_word(shared.b[0]);
@@ -192,7 +193,8 @@ struct Consumer {
 
     __device__ __forceinline__ void release(int s) {
         if (Tile::kCluster > 1) {
-            if (lane < Tile::kCluster) ptx::mbarrier_arrive_cluster(&shared.ring.empty[s], lane);
+            // Lane 0 tells its own block, lane 1 the other one.
+            if (lane < Tile::kCluster) ptx::mbarrier_arrive_cluster(&shared.ring.empty[s], rank ^ lane);
         } else if (lane == 0) {
             ptx::mbarrier_arrive(&shared.ring.empty[s]);
         }

@@ -98,8 +98,9 @@ def measure(rng: np.random.Generator, timed: Callable[..., Any]) -> Iterator[Row
     pool = cupy.asarray(rng.standard_normal(_POOL, dtype=np.float32))
 
     def scaled(*shape: int, granularity: tuple[int, int]) -> ScaledTensor:
-        size = math.prod(shape)
-        values = cupy.tile(pool, -(-size // _POOL))[:size].reshape(shape)
+        # From anywhere in the pool: a row of A that is a row of B too would rule the norm.
+        size, start = math.prod(shape), int(rng.integers(_POOL))
+        values = cupy.tile(pool, -(-(start + size) // _POOL))[start : start + size].reshape(shape)
         return cpgemm.quantize(values, granularity)
 
     def result(*shape: int) -> Any:

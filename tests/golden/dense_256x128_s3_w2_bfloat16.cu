@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
         }
     } else {
         if (kConsumers > 1) ptx::registers_increase<kConsumerRegisters>();
-        Consumer<Tile> consumer(shared, warpgroup, warp, lane);
+        Consumer<Tile> consumer(shared, warpgroup, warp, lane, rank);
         TileStore<Tile, kStoreChunk> output(shared, map_d, d, pitch_d, n, warpgroup, warp, lane);
         float total[Tile::kWaves][kBlockN / 2];
 
