@@ -1,4 +1,4 @@
-"""README and examples do what they say: code runs, commands parse, links lead somewhere.
+"""README, docs and examples do what they say: code runs, commands parse, links lead somewhere.
 
 Without a Hopper GPU ``import cupy as cp`` is replaced by ``import numpy as cp``, as README says.
 """
@@ -6,6 +6,7 @@ Without a Hopper GPU ``import cupy as cp`` is replaced by ``import numpy as cp``
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -25,22 +26,37 @@ from cpgemm import env, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNNABLE = ("architecture.md", "moe.md", "numerics.md")  # in docs/
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 ON_GPU = machine.why_no_hopper() is None
 
 
-def blocks(language: str) -> list[str]:
-    """Fenced code blocks of README."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    """Fenced code blocks of a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def run_block(text: str) -> dict[str, Any]:
-    """Execute a block in a namespace of its own, which is returned."""
+def python_of(document: str) -> list[str]:
+    """Python blocks of a document in docs/."""
+    return blocks("python", (ROOT / "docs" / document).read_text(encoding="utf-8"))
+
+
+def run_block(
+    text: str, name: str = "README.md", names: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Execute a block in a namespace, by default one of its own, which is returned."""
     if not ON_GPU:
         text = text.replace("import cupy as cp", "import numpy as cp")
-    names: dict[str, Any] = {}
-    exec(compile(text, "README.md", "exec"), names)
+    names = {} if names is None else names
+    code = compile(text, name, "exec")
+    if ON_GPU or "begin_capture" not in text:  # NumPy has no graphs
+        exec(code, names)
     return names
+
+
+def to_host(array: Any) -> np.ndarray:
+    """A NumPy array of what a block made with NumPy or CuPy."""
+    return np.asarray(array.get() if hasattr(array, "get") else array)
 
 
 @pytest.mark.parametrize("at", range(len(blocks("python"))))
@@ -52,11 +68,49 @@ def test_the_first_example_is_ten_lines_of_cupy_and_right() -> None:
     text = blocks("python")[0]
     assert text.startswith("import cupy") and len(text.splitlines()) <= 10
     names = run_block(text)
-    to_host = getattr(names["cp"], "asnumpy", np.asarray)
     got = to_host(names["d"]).astype(np.float32)
     wanted = to_host(names["x"]) @ to_host(names["w"]).T
     assert got.shape == (256, 512)
     assert np.linalg.norm(got - wanted) < 0.06 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("document", RUNNABLE)
+def test_python_blocks_of_documents_run(document: str) -> None:
+    """One after another in one namespace: those of docs/moe.md continue each other."""
+    names: dict[str, Any] = {}
+    assert python_of(document)
+    for text in python_of(document):
+        run_block(text, document, names)
+
+
+def test_every_python_block_is_run() -> None:
+    run = {ROOT / "README.md", *(ROOT / "docs" / name for name in RUNNABLE)}
+    for document in DOCUMENTS:
+        if document not in run:
+            assert not blocks("python", document.read_text(encoding="utf-8")), document
+
+
+def test_the_grouped_example_is_right() -> None:
+    names = run_block(next(text for text in blocks("python") if "grouped" in text))
+    x, w, got = (to_host(names[name]).astype(np.float32) for name in ("x", "w", "d"))
+    offsets = to_host(names["offsets"])
+    wanted = np.concatenate(
+        [x[first:last] @ w[g].T for g, (first, last) in enumerate(itertools.pairwise(offsets))]
+    )
+    assert got.shape == wanted.shape == (300, 256)
+    assert np.linalg.norm(got - wanted) < 0.06 * np.linalg.norm(wanted)
+
+
+def test_the_layer_shown_is_right() -> None:
+    """Against float64; examples/03_moe_layer.py derives the tolerance."""
+    example = load_example("03_moe_layer.py")
+    names: dict[str, Any] = {}
+    for text in python_of("moe.md"):
+        run_block(text, "moe.md", names)  # on a GPU the last one replays with other experts
+    host = [to_host(names[name]) for name in ("x", "ids", "weights", "up_float", "down_float")]
+    wanted = example.float_layer(*host)
+    got = to_host(names["out"]).astype(np.float64)
+    assert np.linalg.norm(got - wanted) < example.TOLERANCE * np.linalg.norm(wanted)
 
 
 def test_the_error_shown_names_argument_rule_value_and_mend(
