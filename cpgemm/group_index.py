@@ -18,8 +18,9 @@ that hold -1, between ``ends[g]`` and the next group, from ``masked_m[g]`` on.
 
 Contents on a GPU are not read by the host, since that would wait for the stream.  For contents that
 break the rules the kernels promise that nothing outside ``out`` is written: every range is clamped
-to the rows there are, a range that ends before it begins is empty, an index that names no group is
-padding.  ``CPGEMM_CHECK=1`` downloads and checks them; NumPy arrays are always checked.
+to the rows there are, a range that ends before it begins is empty, an aligned block whose first
+index names no group is padding.  ``CPGEMM_CHECK=1`` downloads and checks them; NumPy arrays are
+always checked.
 """
 
 from __future__ import annotations

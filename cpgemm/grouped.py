@@ -64,8 +64,8 @@ def grouped_gemm_contiguous(
 
     One launch on CuPy's current stream; sizes are read on the device.  For sizes that break the
     rules nothing outside ``out`` is written: ranges are clamped to the rows there are, reversed
-    ones are empty, an index that names no group is padding.  ``CPGEMM_CHECK=1`` checks them first,
-    and waits for the stream; NumPy arrays are always checked.
+    ones are empty, an aligned block whose first index names no group is padding.
+    ``CPGEMM_CHECK=1`` checks them first, and waits for the stream; NumPy arrays are always checked.
 
     Returns ``out``.  Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError`` before
     anything is launched or written.

@@ -6,7 +6,6 @@
 //   producer   for each k-block: wait empty | arm full, load A, B, sA by TMA, sB by cp.async
 //   consumer   for each k-block: wait full  | per m64 wave: 4 x wgmma k32, wait, promote;
 //                                             after the last wave's wait: arrive empty
-//              (with one wave: the next k-block's wgmma are issued before this one's are waited for)
 //
 // Arrivals
 //   full[s]    1 (producer lane 0, with the bytes of the TMA boxes)
@@ -43,8 +42,6 @@ struct TileConfig {
     static constexpr int kWaves = kBlockM / (64 * kConsumers);
     static constexpr int kWaveStride = 64 * kConsumers;  // rows between two waves of one consumer
     static constexpr bool kStaged = sizeof(Element) == 2;  // D goes through shared memory and TMA
-    // One wave per consumer, and registers for two partial sums beside the total: see multiply_ahead.
-    static constexpr bool kAhead = kWaves == 1 && kConsumers <= 2 && kBlockN <= 128;
     static constexpr u32 kFullArrivals = 1 + kSegments;
     static constexpr u32 kEmptyArrivals = kCluster * kConsumers * 4;
 };
@@ -160,73 +157,27 @@ struct Consumer {
             for (int i = 0; i < Tile::kBlockN / 2; ++i) total[wave][i] = 0.0f;
         }
         StagePosition<Tile::kStages> at = position;
-        if constexpr (Tile::kAhead) {
-            multiply_ahead(total[0], at, k_blocks, scale_shift);
-        } else {
 #pragma unroll (kActive == Tile::kWaves ? 3 : 1)
-            for (int kb = 0; kb < k_blocks; ++kb) {
-                wait_full(at);
-#pragma unroll
-                for (int wave = 0; wave < kActive; ++wave) {
-                    float partial[Tile::kBlockN / 2];
-                    issue(partial, at.stage, wave);
-                    complete<0>(total[wave], partial, at.stage, wave, scale_shift, wave == kActive - 1);
-                }
-                at.advance();
-            }
-        }
-    }
-
-    // With one wave a consumer has nothing of its own to hide promotion and waits behind: it issues the next
-    // k-block first. Batches in flight across a loop's back edge would be serialised by the compiler, so that
-    // k-blocks come in unrolled runs of kRun, each of which ends with nothing in flight.
-    __device__ __forceinline__ void multiply_ahead(
-        float (&total)[Tile::kBlockN / 2], StagePosition<Tile::kStages>& at, int k_blocks, int scale_shift) {
-        constexpr int kRun = 4;  // K = 512 has four k-blocks; most layers have a multiple of that
-        float even[Tile::kBlockN / 2], odd[Tile::kBlockN / 2];
-        int kb = 0;
-        for (; kb + kRun <= k_blocks; kb += kRun) {
+        for (int kb = 0; kb < k_blocks; ++kb) {
+            const int s = at.stage;
             wait_full(at);
-            issue(even, at.stage, 0);
+            float column_scale[Tile::kSegments];
 #pragma unroll
-            for (int i = 1; i < kRun; ++i) {
-                const int s = at.stage;
-                at.advance();
-                wait_full(at);
-                issue(i % 2 ? odd : even, at.stage, 0);
-                complete<1>(total, i % 2 ? even : odd, s, 0, scale_shift, true);
+            for (int i = 0; i < Tile::kSegments; ++i) column_scale[i] = shared.scale_b[s][i];
+            const u32 stage_a = low_a + s * (Tile::kBlockM * Tile::kBlockK / 16);
+            const u32 stage_b = low_b + s * (Tile::kBlockN * Tile::kBlockK / 16);
+#pragma unroll
+            for (int wave = 0; wave < kActive; ++wave) {
+                const float* row_scales = shared.scale_a[s] + scale_shift + fragment_row + wave * Tile::kWaveStride;
+                const float row_scale = row_scales[0], row_scale_8 = row_scales[8];
+                float partial[Tile::kBlockN / 2];
+                Wgmma<Tile::kBlockN>::k128(
+                    partial, descriptor::make(stage_a + wave * Tile::kConsumers * descriptor::kStepRows64), descriptor::make(stage_b));
+                if (wave == kActive - 1) release(s);  // all that lies in the stage has been read
+                promote<Tile::kBlockN, Tile::kSegment>(total[wave], partial, row_scale, row_scale_8, column_scale);
             }
-            complete<0>(total, odd, at.stage, 0, scale_shift, true);
             at.advance();
         }
-        for (; kb < k_blocks; ++kb) {
-            wait_full(at);
-            issue(even, at.stage, 0);
-            complete<0>(total, even, at.stage, 0, scale_shift, true);
-            at.advance();
-        }
-    }
-
-    __device__ __forceinline__ void issue(float (&partial)[Tile::kBlockN / 2], int s, int wave) {
-        const u32 a = low_a + s * (Tile::kBlockM * Tile::kBlockK / 16);
-        const u32 b = low_b + s * (Tile::kBlockN * Tile::kBlockK / 16);
-        Wgmma<Tile::kBlockN>::issue_k128(
-            partial, descriptor::make(a + wave * Tile::kConsumers * descriptor::kStepRows64), descriptor::make(b));
-    }
-
-    // Scales are read before the stage is released, `last` when nothing in it is wanted any more.
-    template <int kPending>
-    __device__ __forceinline__ void complete(
-        float (&total)[Tile::kBlockN / 2], float (&partial)[Tile::kBlockN / 2], int s, int wave, int scale_shift,
-        bool last) {
-        float column_scale[Tile::kSegments];
-#pragma unroll
-        for (int i = 0; i < Tile::kSegments; ++i) column_scale[i] = shared.scale_b[s][i];
-        const float* row_scales = shared.scale_a[s] + scale_shift + fragment_row + wave * Tile::kWaveStride;
-        const float row_scale = row_scales[0], row_scale_8 = row_scales[8];
-        Wgmma<Tile::kBlockN>::template wait<kPending>(partial);
-        if (last) release(s);
-        promote<Tile::kBlockN, Tile::kSegment>(total, partial, row_scale, row_scale_8, column_scale);
     }
 
     // A tile in which this warpgroup has no rows: keeps the ring turning.

@@ -1,7 +1,8 @@
 """The GEMMs on the sizes that matter: DeepSeek-V3's 18 dense rows, odd sizes, long K.
 
-Runs as a script too: ``python tests/test_core.py``.  Without a Hopper GPU the NumPy path runs on
-smaller sizes and the GPU rows are skipped, visibly.
+Runs as a script too: ``python tests/test_core.py`` takes the grouped products (test_grouped.py)
+along.  Without a Hopper GPU the NumPy path runs on smaller sizes and the GPU rows are skipped,
+visibly.
 """
 
 import sys
@@ -11,7 +12,8 @@ if __name__ == "__main__":  # before cpgemm is imported: a script sees its own f
     import pytest
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    raise SystemExit(pytest.main([__file__, "-q", "-ra", *sys.argv[1:]]))
+    grouped = Path(__file__).with_name("test_grouped.py")
+    raise SystemExit(pytest.main([__file__, str(grouped), "-q", "-ra", *sys.argv[1:]]))
 
 import ml_dtypes
 import numpy as np

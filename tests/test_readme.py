@@ -83,13 +83,6 @@ def test_python_blocks_of_documents_run(document: str) -> None:
         run_block(text, document, names)
 
 
-def test_every_python_block_is_run() -> None:
-    run = {ROOT / "README.md", *(ROOT / "docs" / name for name in RUNNABLE)}
-    for document in DOCUMENTS:
-        if document not in run:
-            assert not blocks("python", document.read_text(encoding="utf-8")), document
-
-
 def test_the_grouped_example_is_right() -> None:
     names = run_block(next(text for text in blocks("python") if "grouped" in text))
     x, w, got = (to_host(names[name]).astype(np.float32) for name in ("x", "w", "d"))

@@ -43,13 +43,12 @@ constexpr int kConsumerRegisters = 232;
 constexpr int kSharedBytes = 217088;
 using Element = u16;
 
-// For 64 rows of A, 128 rows of B and 128 of K: four wgmma m64n128k32, e4m3 x e4m3 -> float32, both operands in
-// shared memory; the first one overwrites d. Fence, batch and commit are one statement, so that the compiler
-// can put nothing between them: a register touched there would serialise the pipeline.
+// d = A @ B.T for 64 rows of A, 128 rows of B and 128 of K: four wgmma m64n128k32, e4m3 x e4m3 -> float32, both
+// operands in shared memory; the first one overwrites d. Fence, batch, commit and wait are one statement, so
+// that the compiler can put nothing between them: a register touched there would serialise the pipeline.
 template <>
 struct Wgmma<128> {
-    // d = A @ B.T begins; d may not be touched before wait.
-    static __device__ __forceinline__ void issue_k128(float (&d)[64], u64 a, u64 b) {
+    static __device__ __forceinline__ void k128(float (&d)[64], u64 a, u64 b) {
         asm volatile(
             "{\n\t"
             ".reg .b64 a, b;\n\t"
@@ -71,17 +70,11 @@ struct Wgmma<128> {
             "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, a, b, 1, 1, 1;\n\t"
             "wgmma.commit_group.sync.aligned;\n\t"
+            "wgmma.wait_group.sync.aligned 0;\n\t"
             "}"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
             : "l"(a), "l"(b)
             : "memory");
-    }
-
-    // Waits until at most kPending batches are in flight, d's not among them. Naming the accumulators keeps
-    // their readers behind the wait.
-    template <int kPending>
-    static __device__ __forceinline__ void wait(float (&d)[64]) {
-        asm volatile("wgmma.wait_group.sync.aligned %64;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) : "n"(kPending) : "memory");
     }
 };
 
