@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     import cpgemm
+    from cpgemm.console import positive
 
     parser = argparse.ArgumentParser(
         prog="python -m cpgemm",
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--all", action="store_true", help="the whole set")
     build.add_argument("--arch", default="sm_90a", help="(default: %(default)s)")
     build.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
-    build.add_argument("--jobs", type=_size, metavar="N", help="processes (default: all cores)")
+    build.add_argument("--jobs", type=positive, metavar="N", help="processes (default: all cores)")
     build.add_argument(
         "--force", "--no-cache", action="store_true", help="compile even what the cache has"
     )
@@ -85,21 +86,11 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = command("explain", "which kernel a shape gets, why, and the time to expect")
     for name in ("m", "n", "k"):
-        explain.add_argument(name, type=_size, metavar=name.upper())
+        explain.add_argument(name, type=positive, metavar=name.upper())
     explain.add_argument("--out-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     explain.add_argument("--accumulate", action="store_true", help="with a C operand")
     explain.set_defaults(handler=_explain)
     return parser
-
-
-def _size(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive number; got {text!r}")
-    return value
 
 
 def _demo(args: argparse.Namespace) -> int:

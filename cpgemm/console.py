@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-__all__ = ["print_table", "progress"]
+__all__ = ["positive", "print_table", "progress"]
 
 _NARROWEST = 20  # columns of a terminal that a wrapped cell gets at least
+
+
+def positive(text: str) -> int:
+    """A command line's positive integer, for ``argparse``'s ``type``."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive number; got {text!r}")
+    return value
 
 
 def print_table(

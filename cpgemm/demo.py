@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from cpgemm import machine
+from cpgemm.console import positive
 from cpgemm.problem import OUT_DTYPES, GemmProblem
 from cpgemm.scaled import BLOCK, ScaledTensor
 from cpgemm.timing import Timing, rotations, summarize, time_host, time_interleaved
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rows = "rows of the activations (default: 64 128 4096; on a CPU 64)"
     layers = "layers, such as 4096x7168 (default: those of DeepSeek-V3)"
     several: Any = {"nargs": "+", "action": "extend"}
-    parser.add_argument("--m", type=_size, metavar="M", help=rows, **several)
+    parser.add_argument("--m", type=positive, metavar="M", help=rows, **several)
     parser.add_argument("--shape", type=_layer, metavar="NxK", help=layers, **several)
     parser.add_argument("--seed", type=int, help="of the random data (default: a fresh one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
@@ -378,18 +379,8 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
 
 
-def _size(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive number; got {text!r}")
-    return value
-
-
 def _layer(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(f"must be NxK, such as 4096x7168; got {text!r}")
-    return _size(parts[0]), _size(parts[1])
+    return positive(parts[0]), positive(parts[1])

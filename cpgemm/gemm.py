@@ -22,7 +22,7 @@ from cpgemm.kernels import gemm_source
 from cpgemm.problem import GemmProblem, OutDtype, empty_result, infer_out_dtype
 from cpgemm.reference import gemm_reference
 from cpgemm.render import KernelSource
-from cpgemm.scaled import BLOCK, ScaledTensor, is_cupy, pointer
+from cpgemm.scaled import BLOCK, ScaledTensor, is_cupy, pointer, require_scaled
 from cpgemm.tma import matrix_map, row_pitch, tensor_map
 
 __all__ = ["GemmPlan", "gemm", "gemm_nn", "gemm_nt", "gemm_tn", "gemm_tt", "plan_gemm"]
@@ -230,12 +230,4 @@ def gemm_tt(a: ScaledTensor, b: ScaledTensor, out: Any = None, **options: Any) -
 
 
 def _transposed(name: str, operand: object) -> ScaledTensor:
-    if not isinstance(operand, ScaledTensor):
-        reject(
-            name,
-            "must be a ScaledTensor",
-            type(operand).__qualname__,
-            "Quantise it with cpgemm.quantize.",
-            kind=ArgumentTypeError,
-        )
-    return operand.T.k_major()
+    return require_scaled(name, operand, "Quantise it with cpgemm.quantize.").T.k_major()

@@ -19,6 +19,7 @@ from cpgemm.scaled import (
     is_array,
     is_cupy,
     pointer,
+    require_scaled,
 )
 
 __all__ = [
@@ -152,14 +153,7 @@ def check_rows(name: str, array: Array, dtypes: tuple[str, ...], multiple: int) 
 def check_scaled_out(
     out: ScaledTensor, shape: tuple[int, int], scale_format: str, inputs: dict[str, Any]
 ) -> None:
-    if not isinstance(out, ScaledTensor):
-        reject(
-            "out",
-            "must be a ScaledTensor",
-            type(out).__qualname__,
-            "Leave it out to have one made.",
-            kind=ArgumentTypeError,
-        )
+    require_scaled("out", out, "Leave it out to have one made.")
     device = device_of(next(iter(inputs.values())))
     wanted = (shape, (1, BLOCK), scale_format, device)
     if (out.shape, out.granularity, out.scale_format, out.device) != wanted:

@@ -13,7 +13,16 @@ import ml_dtypes
 import numpy as np
 
 from cpgemm.errors import ArgumentTypeError, DeviceError, reject
-from cpgemm.scaled import BLOCK, ScaledTensor, byte_range, device_of, is_array, is_cupy, pointer
+from cpgemm.scaled import (
+    BLOCK,
+    ScaledTensor,
+    byte_range,
+    device_of,
+    is_array,
+    is_cupy,
+    pointer,
+    require_scaled,
+)
 
 __all__ = [
     "HOPPER",
@@ -173,15 +182,12 @@ class GemmProblem:
 
 def check_operand(name: str, operand: object, granularity: tuple[int, int], ndim: int = 2) -> None:
     """A scaled operand in the form that the kernels read: granularity, axes, K-major, sizes."""
-    if not isinstance(operand, ScaledTensor):
-        reject(
-            name,
-            "must be a ScaledTensor",
-            type(operand).__qualname__,
-            "Quantise it with cpgemm.quantize, or wrap FP8 data and scales with "
-            "ScaledTensor.from_arrays.",
-            kind=ArgumentTypeError,
-        )
+    operand = require_scaled(
+        name,
+        operand,
+        "Quantise it with cpgemm.quantize, or wrap FP8 data and scales with "
+        "ScaledTensor.from_arrays.",
+    )
     if operand.granularity != granularity:
         reject(
             name,

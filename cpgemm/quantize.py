@@ -40,6 +40,7 @@ from cpgemm.scaled import (
     is_array,
     is_cupy,
     pointer,
+    require_scaled,
     scale_shape,
 )
 
@@ -328,14 +329,7 @@ def _check_device_layout(argument: str, array: Array) -> None:
 def _check_out(
     x: Array, out: ScaledTensor, granularity: Granularity, scale_format: ScaleFormat
 ) -> None:
-    if not isinstance(out, ScaledTensor):
-        reject(
-            "out",
-            "must be a ScaledTensor",
-            type(out).__qualname__,
-            "Leave it out to have one made.",
-            kind=ArgumentTypeError,
-        )
+    require_scaled("out", out, "Leave it out to have one made.")
     wanted = (tuple(x.shape), granularity, scale_format, device_of(x))
     if (out.shape, out.granularity, out.scale_format, out.device) != wanted:
         reject(

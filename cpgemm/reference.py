@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from cpgemm.errors import ArgumentTypeError, reject
-from cpgemm.scaled import BLOCK, FP8, Array, ScaledTensor
+from cpgemm.scaled import BLOCK, FP8, Array, ScaledTensor, require_scaled
 
 __all__ = ["exact_product", "gemm_reference"]
 
@@ -109,14 +109,7 @@ def _dequantized_rows(tensor: ScaledTensor, rows: slice) -> Array:
 
 def _check_operands(a: ScaledTensor, b: ScaledTensor) -> None:
     for name, operand in (("a", a), ("b", b)):
-        if not isinstance(operand, ScaledTensor):
-            reject(
-                name,
-                "must be a ScaledTensor",
-                type(operand).__qualname__,
-                "Make one with cpgemm.quantize or ScaledTensor.from_arrays.",
-                kind=ArgumentTypeError,
-            )
+        require_scaled(name, operand, "Make one with cpgemm.quantize or ScaledTensor.from_arrays.")
         if operand.device != "cpu":
             reject(
                 name,

@@ -73,6 +73,7 @@ __all__ = [
     "is_array",
     "is_cupy",
     "pointer",
+    "require_scaled",
     "scale_pitch",
     "scale_shape",
 ]
@@ -370,6 +371,14 @@ class ScaledTensor:
             f"ScaledTensor(shape={self.shape}, granularity={self.granularity}, "
             f"scale_format={self.scale_format!r}, device={self.device!r}, {order})"
         )
+
+
+def require_scaled(name: str, value: object, mend: str) -> ScaledTensor:
+    """``value`` when it is a ``ScaledTensor``; otherwise ``ArgumentTypeError`` for ``name``."""
+    if isinstance(value, ScaledTensor):
+        return value
+    kind = type(value).__qualname__
+    reject(name, "must be a ScaledTensor", kind, mend, kind=ArgumentTypeError)
 
 
 def _scale_blocks(values: Array, scales: Array) -> None:
