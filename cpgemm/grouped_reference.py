@@ -51,6 +51,8 @@ def row_ranges(problem: GroupedProblem, index: Array) -> list[tuple[int, int, in
     values = index.astype(np.int64)
     if problem.layout == "m_indices":
         return _ranges_of_blocks(values, problem.groups)
+    begins: Array
+    ends: Array
     if problem.layout == "masked":
         begins = np.arange(problem.groups) * problem.m
         ends = begins + np.clip(values, 0, problem.m)
