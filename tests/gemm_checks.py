@@ -23,6 +23,7 @@ from cpgemm.scaled import ScaledTensor, array_module
 
 CUT = 2.0**-9
 NORM_BFLOAT16 = 0.002
+FEW_ELEMENTS = 20000
 NORM_FLOAT32 = 0.0005
 DENSE_SHAPES = (
     (2112, 7168),
@@ -118,7 +119,7 @@ def assert_close(out, a, b, c=None, norm=True):
         error += float((difference**2).sum())
         total += float((exact**2).sum())
     # Rows differ in scale: of fewer elements, too few rule the norm for a limit this close.
-    if norm and total and out.size >= 20000:
+    if norm and total and out.size >= FEW_ELEMENTS:
         limit = NORM_BFLOAT16 if name == "bfloat16" else NORM_FLOAT32
         relative = (error / total) ** 0.5
         assert relative <= limit, f"relative error {relative:.2e} in the 2-norm, {limit} allowed"
