@@ -29,6 +29,7 @@ from typing import Any
 
 from cpgemm import env
 from cpgemm.errors import CompileError, DeviceError, FrozenError, MissingDependencyError, reject
+from cpgemm.problem import HOPPER
 from cpgemm.render import KernelSource
 from cpgemm.resources import ResourceReport, parse_report
 from cpgemm.toolchain import Toolchain, toolchain
@@ -44,7 +45,6 @@ __all__ = [
 ]
 
 ARCH = "sm_90a"
-_CAPABILITY = "90"  # CuPy's spelling of the compute capability that runs sm_90a code: that one only
 _FORMAT = 1  # of the cache folder; a new number abandons every old entry
 _LOCK_SECONDS = 600.0
 
@@ -134,7 +134,7 @@ def load_kernel(source: KernelSource) -> LoadedKernel:
     if found := _loaded.get(slot):
         return found
     capability = str(cupy.cuda.Device(device).compute_capability)
-    if capability != _CAPABILITY:
+    if capability != HOPPER:
         reject(
             "device",
             f"{ARCH} kernels run on compute capability 9.0 only",

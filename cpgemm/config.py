@@ -69,8 +69,6 @@ class KernelConfig:
             return "accumulators need more than 200 registers a thread and would spill"
         if (self.cluster_m, self.cluster_n) not in ((1, 1), (2, 1), (1, 2)):
             return "a cluster has two blocks at most, along M or along N"
-        if self.cluster_m == 2 and self.block_n % 16:
-            return "block_n must be a multiple of 16 to be loaded in two halves"
         if self.stages < 2:
             return "stages must be at least 2"
         if self.shared_bytes > SHARED_LIMIT:
@@ -110,8 +108,13 @@ class KernelConfig:
 
     @property
     def consumer_registers(self) -> int:
-        """Registers a consumer thread gets: what producer and register file leave, 240 at most."""
-        left = _REGISTER_FILE // 128 - self.producer_registers
+        """Registers a consumer thread gets: what the producer leaves of the launch's, 240 at most.
+
+        A block owns what its threads entered with, a multiple of 8 each, not the register file:
+        ``setmaxnreg.inc`` for more than that waits for ever.
+        """
+        entry = _REGISTER_FILE // self.threads // 8 * 8
+        left = entry * (self.consumers + 1) - self.producer_registers
         return min(left // self.consumers // 8 * 8, 240)
 
     @property
@@ -159,15 +162,18 @@ class KernelConfig:
         """
         return self.block_m if self.cluster > 1 else min(self.block_m, _round_up(m, 8))
 
+    def column_tiles(self, n: int) -> int:
+        """Tiles side by side over ``n`` columns, those that pad the last cluster included."""
+        return -(-n // (self.block_n * self.cluster_n)) * self.cluster_n
+
     def tiles(self, problem: GemmProblem) -> int:
         """Block tiles that are computed, those that pad the last cluster included."""
-        rows = -(-problem.m // (self.block_m * self.cluster_m))
-        columns = -(-problem.n // (self.block_n * self.cluster_n))
-        return rows * columns * self.cluster
+        row_tiles = -(-problem.m // (self.block_m * self.cluster_m)) * self.cluster_m
+        return row_tiles * self.column_tiles(problem.n)
 
-    def grid(self, problem: GemmProblem, sms: int) -> int:
-        """Blocks of the persistent launch on a GPU of ``sms`` multiprocessors."""
-        return min(sms // self.cluster * self.cluster, self.tiles(problem))
+    def blocks(self, tiles: int, sms: int) -> int:
+        """Blocks of the persistent launch for ``tiles`` tiles on ``sms`` multiprocessors."""
+        return min(sms // self.cluster * self.cluster, tiles)
 
     def why_not(self, problem: GemmProblem) -> str | None:
         """Why this kernel cannot compute ``problem``; None when it can."""
@@ -214,7 +220,7 @@ class GroupedKernelConfig(KernelConfig):
         """Why this kernel suits no product of ``layout`` with ``n`` columns; None when it does."""
         if layout == "m_indices" and self.block_m not in (64, 128, 256):
             return "its tiles straddle the blocks of 128 rows that m_indices is made of"
-        if -(-n // self.block_n) % self.cluster_n:
+        if self.column_tiles(n) * self.block_n - n >= self.block_n:
             return "an odd number of column tiles would idle one block of a pair"
         return None
 

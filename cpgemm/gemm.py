@@ -86,7 +86,10 @@ class GemmPlan:
             kernel = self._kernels[device] = load_kernel(self.source)
         config, p = self.config, self.problem
         launch_config = launch.launch_config(
-            config.grid(p, self.machine.sms), config.threads, config.shared_bytes, env.pdl()
+            config.blocks(config.tiles(p), self.machine.sms),
+            config.threads,
+            config.shared_bytes,
+            env.pdl(),
         )
         launch.run(kernel, launch_config, self._arguments(a, b, out, c))
 

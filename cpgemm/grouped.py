@@ -154,10 +154,10 @@ def launch_grouped(
     source = gemm_source(config)
     # No more blocks than tiles when every group ends in a short one.
     row_tiles = -(-problem.rows // config.block_m) + problem.groups
-    columns = -(-problem.n // (config.block_n * config.cluster_n)) * config.cluster_n
-    sms = Machine.of_device(a.data.device.id).sms // config.cluster * config.cluster
+    tiles = row_tiles * config.column_tiles(problem.n)
+    sms = Machine.of_device(a.data.device.id).sms
     prepared = launch.launch_config(
-        min(sms, row_tiles * columns), config.threads, config.shared_bytes, env.pdl()
+        config.blocks(tiles, sms), config.threads, config.shared_bytes, env.pdl()
     )
     launch.run(load_kernel(source), prepared, _arguments(problem, config, a, b, out, index))
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from cpgemm.config import SHARED_LIMIT, GroupedKernelConfig, KernelConfig
 from cpgemm.errors import reject
@@ -46,15 +46,6 @@ _Config = TypeVar("_Config", bound=KernelConfig)
 
 _MOST_STAGES = 16
 
-_GROUPED_TILES = (
-    (256, 128, 2, 1, 1),
-    (256, 128, 2, 1, 2),
-    (192, 128, 3, 1, 1),
-    (128, 128, 2, 1, 1),
-    (64, 128, 1, 1, 1),
-    (64, 96, 1, 1, 1),
-)
-
 # Fitted weights, in clocks at the unthrottled clock unless their name says otherwise.
 _BUSY = 0.602  # of the larger of tensor and shared: consumers overlap them with everything else
 _PROMOTION = {2: 2.15, 3: 1.89}  # per FFMA, by consumers
@@ -66,23 +57,42 @@ _FULL_GHZ, _FULL_TFLOPS = 1.566, 1200.0
 _LAUNCH_US = 2.39
 _CLUSTER_US = 0.5  # pairs of blocks start together and end together
 
-# (block_m, block_n, consumers, cluster_m, cluster_n): see docs/architecture.md for why these.
+
+class _Tile(NamedTuple):
+    """The fields of a configuration that are chosen; the rest follows."""
+
+    block_m: int
+    block_n: int
+    consumers: int
+    cluster_m: int = 1
+    cluster_n: int = 1
+
+
+# What won somewhere among what was tried: docs/performance.md.
 _TILES = (
-    (256, 128, 2, 1, 1),
-    (256, 128, 2, 1, 2),
-    (192, 128, 3, 1, 1),
-    (192, 128, 3, 1, 2),
-    (128, 192, 2, 1, 1),
-    (128, 192, 2, 2, 1),
-    (128, 128, 2, 1, 1),
-    (128, 128, 2, 1, 2),
-    (128, 96, 2, 1, 1),
-    (128, 64, 2, 1, 1),
-    (64, 128, 1, 1, 1),
-    (64, 96, 1, 1, 1),
-    (64, 64, 1, 1, 1),
-    (64, 32, 1, 1, 1),
-    (64, 16, 1, 1, 1),
+    _Tile(256, 128, 2),
+    _Tile(256, 128, 2, cluster_n=2),
+    _Tile(192, 128, 3),
+    _Tile(192, 128, 3, cluster_n=2),
+    _Tile(128, 192, 2),
+    _Tile(128, 192, 2, cluster_m=2),
+    _Tile(128, 128, 2),
+    _Tile(128, 128, 2, cluster_n=2),
+    _Tile(128, 96, 2),
+    _Tile(128, 64, 2),
+    _Tile(64, 128, 1),
+    _Tile(64, 96, 1),
+    _Tile(64, 64, 1),
+    _Tile(64, 32, 1),
+    _Tile(64, 16, 1),
+)
+_GROUPED_TILES = (
+    _Tile(256, 128, 2),
+    _Tile(256, 128, 2, cluster_n=2),
+    _Tile(192, 128, 3),
+    _Tile(128, 128, 2),
+    _Tile(64, 128, 1),
+    _Tile(64, 96, 1),
 )
 
 
@@ -138,21 +148,17 @@ def grouped_configurations(out_dtype: OutDtype) -> tuple[GroupedKernelConfig, ..
         for tile in _GROUPED_TILES
         # float32 stores leave the scheduling producer of a pair short of registers, and make the
         # tallest tile slow to compile.
-        if out_dtype == "bfloat16" or tile[0] < 256
+        if out_dtype == "bfloat16" or tile.block_m < 256
     )
 
 
-def _deepest(
-    kind: type[_Config], tile: tuple[int, int, int, int, int], out_dtype: OutDtype
-) -> _Config:
+def _deepest(kind: type[_Config], tile: _Tile, out_dtype: OutDtype) -> _Config:
     """The configuration of a tile with as many stages as fit."""
-    block_m, block_n, consumers, cluster_m, cluster_n = tile
-    least = kind(block_m, block_n, 2, consumers, cluster_m, cluster_n, out_dtype)
-    stage = (
-        (block_m + block_n) * 128 + least.scale_rows * 4 + 64
-    )  # with scales, barriers and a tile's place
-    stages = min(2 + (SHARED_LIMIT - least.shared_bytes) // stage, _MOST_STAGES)
-    return replace(least, stages=stages)
+    least = kind(stages=2, out_dtype=out_dtype, **tile._asdict())
+    operands = (tile.block_m + tile.block_n) * 128
+    small = least.scale_rows * 4 + 64  # scales, barriers and a tile's place
+    stages = 2 + (SHARED_LIMIT - least.shared_bytes) // (operands + small)
+    return replace(least, stages=min(stages, _MOST_STAGES))
 
 
 @dataclass(frozen=True)
@@ -186,21 +192,37 @@ def _k_block_clocks(config: KernelConfig) -> float:
     return max(busy + _PROMOTION[config.consumers] * promotion, chain)
 
 
+def _turns(config: KernelConfig, tiles: int, machine: Machine) -> int:
+    """How many tiles the busiest multiprocessor takes one after another."""
+    return math.ceil(tiles / config.blocks(machine.sms, machine.sms))
+
+
+def _epilogue_clocks(config: KernelConfig) -> float:
+    return _EPILOGUE + _EPILOGUE_ELEMENT[config.consumers] * config.block_m * config.block_n
+
+
+def _l2_us(box_rows: float, problem: GemmProblem | GroupedProblem, machine: Machine) -> float:
+    """Time for ``box_rows`` rows of boxes, in all tiles together, for each k-block."""
+    lines = 2 if problem.k % 128 else 1  # of L2 that 128 bytes of a row touch
+    return box_rows * problem.k_blocks * 128 * lines / (machine.l2_tbs * 1e6)
+
+
+def _overlapped(*us: float) -> float:
+    return float(sum(term**3 for term in us) ** (1 / 3))
+
+
 def _predict(problem: GemmProblem, config: KernelConfig, machine: Machine) -> Candidate:
     tiles = config.tiles(problem)
-    waves = math.ceil(tiles / (machine.sms // config.cluster * config.cluster))
-    elements = config.block_m * config.block_n
-    epilogue = _EPILOGUE + _EPILOGUE_ELEMENT[config.consumers] * elements
-    clocks = waves * (problem.k_blocks * _k_block_clocks(config) + epilogue)
+    waves = _turns(config, tiles, machine)
+    clocks = waves * (problem.k_blocks * _k_block_clocks(config) + _epilogue_clocks(config))
     cool_us = clocks / (machine.clock_ghz * 1e3)
     load = min(1.0, problem.flops / cool_us / 1e6 / _FULL_TFLOPS)
     compute_us = clocks / ((machine.clock_ghz - load * (machine.clock_ghz - _FULL_GHZ)) * 1e3)
     rows = config.rows_loaded(problem.m) / config.cluster_n
-    box_bytes = tiles * problem.k_blocks * 128 * (rows + config.block_n / config.cluster_m)
-    l2_us = box_bytes * (2 if problem.k % 128 else 1) / (machine.l2_tbs * 1e6)
+    l2_us = _l2_us(tiles * (rows + config.block_n / config.cluster_m), problem, machine)
     dram_us = problem.bytes / (machine.dram_tbs * 1e6)
     launch_us = _LAUNCH_US + (_CLUSTER_US if config.cluster > 1 else 0.0)
-    predicted = launch_us + (compute_us**3 + l2_us**3 + dram_us**3) ** (1 / 3)
+    predicted = launch_us + _overlapped(compute_us, l2_us, dram_us)
     return Candidate(config, predicted, waves, compute_us, l2_us, dram_us)
 
 
@@ -282,6 +304,7 @@ def choose(problem: GemmProblem, machine: Machine = H200) -> KernelConfig:
 _PLAUSIBLE_ROWS = (16, 64, 256, 1024)
 
 
+@functools.lru_cache(maxsize=4096)  # it stands on the path of every grouped call
 def choose_grouped(
     problem: GroupedProblem, expected_rows: int | None = None, machine: Machine = H200
 ) -> GroupedKernelConfig:
@@ -296,21 +319,18 @@ def choose_grouped(
         for config in grouped_configurations(problem.out_dtype)
         if config.why_not_layout(problem.layout, problem.n) is None
     ]
-
-    def times(rows: int) -> list[float]:
-        return [_predict_grouped(problem, config, rows, machine) for config in candidates]
-
-    if expected_rows is None and problem.layout == "masked":
-        spread = {min(rows, problem.m) for rows in _PLAUSIBLE_ROWS}
-        costs = [
-            max(time / min(column) for time, column in zip(row, columns, strict=True))
-            for columns in [[times(rows) for rows in sorted(spread)]]
-            for row in zip(*columns, strict=True)
-        ]
+    if expected_rows is not None:
+        plausible = {min(expected_rows, problem.m)}
+    elif problem.layout == "masked":
+        plausible = {min(rows, problem.m) for rows in _PLAUSIBLE_ROWS}
     else:
-        mean = -(-problem.m // problem.groups)
-        costs = times(max(mean if expected_rows is None else min(expected_rows, problem.m), 1))
-    return candidates[costs.index(min(costs))]
+        plausible = {-(-problem.m // problem.groups)}
+    worst = dict.fromkeys(candidates, 0.0)  # time over the best candidate's, at its worst
+    for rows in plausible:
+        us = {c: _predict_grouped(problem, c, max(rows, 1), machine) for c in candidates}
+        best = min(us.values())
+        worst = {config: max(worst[config], us[config] / best) for config in candidates}
+    return min(candidates, key=lambda config: worst[config])
 
 
 def _predict_grouped(
@@ -324,21 +344,19 @@ def _predict_grouped(
     whole = _k_block_clocks(config)
     short = max(whole * waves * 64 / config.block_m, -(-waves // config.consumers) * chain)
     row_tiles = full + (1 if tail else 0)
-    columns = -(-problem.n // (config.block_n * config.cluster_n)) * config.cluster_n
+    columns = config.column_tiles(problem.n)
     tiles = problem.groups * row_tiles * columns
-    turns = math.ceil(tiles / (machine.sms // config.cluster * config.cluster))
     mean = (full * whole + (short if tail else 0.0)) / row_tiles
-    epilogue = _EPILOGUE + _EPILOGUE_ELEMENT[config.consumers] * config.block_m * config.block_n
+    clocks = _turns(config, tiles, machine) * (problem.k_blocks * mean + _epilogue_clocks(config))
     # Measured beside the model: blocks of a pair wait for each other; three consumers start slowly.
     measured = 1.05 if config.cluster > 1 else 1.1 if config.consumers == 3 else 1.0
-    compute_us = measured * turns * (problem.k_blocks * mean + epilogue) / (machine.clock_ghz * 1e3)
-    rows_loaded = config.block_m if tail == 0 or tail > config.rows_few else config.rows_few
-    box_rows = full * config.block_m + (rows_loaded if tail else 0)
-    boxes = problem.groups * columns * box_rows / config.cluster_n + tiles * config.block_n
-    lines = 2 if problem.k % 128 else 1
-    l2_us = boxes * problem.k_blocks * 128 * lines / (machine.l2_tbs * 1e6)
+    compute_us = measured * clocks / (machine.clock_ghz * 1e3)
+    tail_rows = config.rows_few if tail <= config.rows_few else config.block_m
+    box_rows = full * config.block_m + (tail_rows if tail else 0)
+    rows_of_a = problem.groups * columns * box_rows / config.cluster_n
+    l2_us = _l2_us(rows_of_a + tiles * config.block_n, problem, machine)
     moved = problem.bytes(problem.groups * rows, problem.groups)
     # 64 KiB of weights in flight per multiprocessor fill the memory system, 48 reach 85 %.
     filled = min(1.0, 0.4 + 0.6 * config.stages * config.block_n * 128 / 65536)
     dram_us = moved / (machine.dram_tbs * 1e6) / filled
-    return float((compute_us**3 + l2_us**3 + dram_us**3) ** (1 / 3))
+    return _overlapped(compute_us, l2_us, dram_us)

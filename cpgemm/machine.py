@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cpgemm.problem import HOPPER
+
 __all__ = [
     "DevicePeak",
     "MachineRecord",
@@ -28,7 +30,6 @@ __all__ = [
     "why_no_hopper",
 ]
 
-_HOPPER = "90"  # CuPy's spelling of compute capability 9.0
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _ROOT = Path(__file__).resolve().parent.parent
 _CUPY_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
@@ -147,7 +148,7 @@ def why_no_hopper() -> str | None:
         return {"cudaErrorInsufficientDriver": "no driver", "cudaErrorNoDevice": "no GPU"}.get(
             name, text or name
         )
-    if capability != _HOPPER:
+    if capability != HOPPER:
         return f"compute capability {capability[:-1]}.{capability[-1:]} instead of 9.0"
     return None
 

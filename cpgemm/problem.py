@@ -44,7 +44,8 @@ OUT_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
-HOPPER = (9, 0)  # wgmma, setmaxnreg and the sm_90a target exist on this compute capability only
+# CuPy's spelling of compute capability 9.0, the only one with wgmma, setmaxnreg and sm_90a code.
+HOPPER = "90"
 
 _LIMIT = 2**31 - 1  # TMA coordinates and the kernels' sizes are int32
 _TMA_ALIGNMENT = 16  # bytes, of addresses and pitches that TMA reads and writes
@@ -312,7 +313,7 @@ def check_device(a: ScaledTensor) -> None:
     if not is_cupy(a.data):
         return
     capability = str(a.data.device.compute_capability)
-    if capability != "90":
+    if capability != HOPPER:
         found = f"{capability[:-1]}.{capability[-1]}"
         reject(
             "a",

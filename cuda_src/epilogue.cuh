@@ -4,7 +4,8 @@
 // stage_bf16   rounds to bfloat16 and stages the rows of one wave in shared memory (TMA's swizzle keeps
 //              stmatrix free of bank conflicts).
 // store_staged issues the TMA stores of a staged warpgroup tile.
-// store_direct writes pairs from registers: with float32 the 4 lanes of a quad fill whole 32-byte sectors.
+// copy_staged  copies some of its rows with ordinary stores.
+// store_direct writes float32 pairs from registers: the 4 lanes of a quad fill whole 32-byte sectors.
 #pragma once
 
 #include "ptx.cuh"
@@ -38,25 +39,18 @@ __device__ __forceinline__ void add_c(
     }
 }
 
-__device__ __forceinline__ void store_pair(float* pointer, float x, float y) {
-    *reinterpret_cast<float2*>(pointer) = make_float2(x, y);
-}
-
-__device__ __forceinline__ void store_pair(u16* pointer, float x, float y) {
-    *reinterpret_cast<u32*>(pointer) = ptx::pack_bfloat16(x, y);
-}
-
-template <int kN, typename Element>
+template <int kN>
 __device__ __forceinline__ void store_direct(
-    const float (&total)[kN / 2], Element* d, long long pitch, int row, int column, int m, int n) {
+    const float (&total)[kN / 2], float* d, long long pitch, int row, int column, int m, int n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         if (row + 8 * half >= m) continue;
-        Element* line = d + static_cast<long long>(row + 8 * half) * pitch;
+        float* line = d + static_cast<long long>(row + 8 * half) * pitch;
 #pragma unroll
         for (int j = 0; j < kN / 8; ++j) {
             if (column + 8 * j < n) {
-                store_pair(line + column + 8 * j, total[4 * j + 2 * half], total[4 * j + 2 * half + 1]);
+                *reinterpret_cast<float2*>(line + column + 8 * j) =
+                    make_float2(total[4 * j + 2 * half], total[4 * j + 2 * half + 1]);
             }
         }
     }
@@ -79,7 +73,8 @@ __device__ __forceinline__ void stage_bf16(const float (&total)[kN / 2], u32 buf
         const u32 offset = staged_offset<kRows, kChunk>(first_row + lane % 16, column % kChunk + lane / 16 * 8);
         const int i = column / 2;
         ptx::stmatrix_x4(
-            buffer + column / kChunk * (kRows * kChunk * 2) + offset, ptx::pack_bfloat16(total[i + 0], total[i + 1]), ptx::pack_bfloat16(total[i + 2], total[i + 3]),
+            buffer + column / kChunk * (kRows * kChunk * 2) + offset,
+            ptx::pack_bfloat16(total[i + 0], total[i + 1]), ptx::pack_bfloat16(total[i + 2], total[i + 3]),
             ptx::pack_bfloat16(total[i + 4], total[i + 5]), ptx::pack_bfloat16(total[i + 6], total[i + 7]));
     }
 }

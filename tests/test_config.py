@@ -77,11 +77,12 @@ def test_rows_loaded_match_m():
 def test_tiles_and_grid():
     problem = GemmProblem(4096, 2112, 7168)
     assert LARGE.tiles(problem) == 16 * 17
-    assert LARGE.grid(problem, 132) == 132
+    assert LARGE.blocks(LARGE.tiles(problem), 132) == 132
     pairs = KernelConfig(256, 128, 3, cluster_n=2)
     assert pairs.tiles(problem) == 16 * 18
-    assert pairs.grid(GemmProblem(1, 8, 16), 132) == 2
-    assert pairs.grid(problem, 133) == 132
+    assert pairs.blocks(pairs.tiles(GemmProblem(1, 8, 16)), 132) == 2
+    assert pairs.blocks(pairs.tiles(problem), 133) == 132
+    assert [pairs.column_tiles(n) for n in (8, 256, 264)] == [2, 2, 4]
 
 
 def test_why_not():

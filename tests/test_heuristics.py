@@ -101,3 +101,11 @@ def test_m_indices_never_get_straddling_tiles(rng):
         config = choose_grouped(GroupedProblem("m_indices", 8, int(m), int(n) * 8, int(k) * 16))
         assert config.block_m in (64, 128, 256)
         assert -(-int(n) * 8 // config.block_n) % config.cluster_n == 0
+
+
+def test_grouped_choice_is_remembered():
+    """It stands on the path of every call, and the model takes a hundred microseconds."""
+    problem = GroupedProblem("offsets", 7, 1234, 4096, 7168)
+    before = choose_grouped.cache_info().hits
+    assert choose_grouped(problem) is choose_grouped(GroupedProblem("offsets", 7, 1234, 4096, 7168))
+    assert choose_grouped.cache_info().hits > before

@@ -207,6 +207,14 @@ def test_the_comparison_says_what_it_lacks() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(ON_GPU, reason="this machine has what the benchmarks need")
+@pytest.mark.parametrize("name", ["04_grouped_benchmark.py", "05_quantizer_bandwidth.py"])
+def test_benchmarks_say_what_they_lack(name: str) -> None:
+    done = run_example(name)
+    assert done.returncode == 2 and "needs a Hopper GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def comparison() -> ModuleType:
     return load_example("02_compare_with_cublaslt.py")

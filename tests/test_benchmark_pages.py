@@ -1,0 +1,78 @@
+"""The pages under docs/benchmarks say what the files beside them hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "h200"
+PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def load(name: str) -> Any:
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def test_large_rows() -> None:
+    rows = {(r["n"], r["k"]): r for r in load("compare.json")["rows"] if r["m"] == 4096}
+    line = re.compile(
+        r"^\| (\d+) x (\d+) \| ([\d.]+) \| (\d+) \| (\S+) \| \S+ \| ([\d.]+) \|", re.M
+    )
+    found = line.findall(PAGE)
+    assert len(found) == len(rows) == 6
+    for n, k, us, tflops, over_block, over_tensor in found:
+        row = rows[int(n), int(k)]
+        ours = row["us"]["cpgemm"]
+        assert float(us) == pytest.approx(ours, abs=0.051)
+        assert int(tflops) == round(row["tflops"])
+        assert float(over_tensor) == pytest.approx(row["us"]["tensor"] / ours, abs=6e-4)
+        if over_block == "n/a":
+            assert "block" not in row["us"]
+        else:
+            assert float(over_block) == pytest.approx(row["us"]["block"] / ours, abs=6e-4)
+
+
+def test_smallest_ratio_over_block() -> None:
+    us = [row["us"] for row in load("compare.json")["rows"]]
+    smallest = min(one["block"] / one["cpgemm"] for one in us if "block" in one)
+    said = re.search(r"smallest ratio of any row over block is ([\d.]+)\.", PAGE)
+    assert said and float(said[1]) == pytest.approx(smallest, abs=6e-4)
+
+
+def test_every_result_was_right() -> None:
+    for row in load("compare.json")["rows"]:
+        assert row["error"]["cpgemm"] <= 0.002
+    errors = [row["error_exact"] for row in load("demo.json")["rows"]]
+    assert len(errors) == 18 and min(errors) > 0.00165 and max(errors) < 0.00169
+
+
+def test_kernels_page() -> None:
+    kernels = load("kernels.json")["kernels"]
+    assert f"| {len(kernels)} kernels, no spills, no local memory, nothing serialised |" in PAGE
+    for kernel in kernels:
+        assert not kernel["spill_store_bytes"] and not kernel["local_bytes"], kernel["name"]
+        assert not kernel["serialized"], kernel["name"]
+
+
+def test_grouped_figures() -> None:
+    us: dict[str, dict[str, float]] = {}
+    for row in load("grouped.json")["rows"]:
+        us.setdefault(row["row"], {})[row["contender"]] = row["us"]
+    ragged = [
+        round(100 * (one["ragged sizes"] / one["aligned sizes"] - 1))
+        for one in us.values() if "aligned sizes" in one
+    ]  # fmt: skip
+    masked = [one for one in us.values() if "right hint" in one]
+    worst = {
+        hint: round(100 * (max(one[hint] / one["right hint"] for one in masked) - 1))
+        for hint in ("hint 4096", "hint 16", "no hint")
+    }
+    assert len(masked) == 11
+    assert f"**{ragged[0]} and {ragged[1]} % for 32 groups of 512 to 1024: missed**" in PAGE
+    assert f"too large a hint: 0 to {worst['hint 4096']} %" in PAGE
+    assert f"too small: 0 to {worst['hint 16']} %" in PAGE
+    assert f"none: 0 to {worst['no hint']} %" in PAGE
