@@ -14,7 +14,7 @@ from typing import ClassVar
 from cpgemm.grouped_problem import MAX_GROUPS
 from cpgemm.problem import GemmProblem, OutDtype
 
-__all__ = ["SHARED_LIMIT", "GroupedKernelConfig", "KernelConfig"]
+__all__ = ["SHARED_LIMIT", "AdaptiveKernelConfig", "GroupedKernelConfig", "KernelConfig"]
 
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one block may have on Hopper
 
@@ -37,6 +37,7 @@ class KernelConfig:
     ``cluster_n``              2: two blocks share a row tile and A is multicast to both
     ``out_dtype``              of C and D
     ``raster_group``           rows of tiles that are walked together, so that operands stay in L2
+    ``unroll``                 k-blocks in one turn of the main loop
     """
 
     block_m: int
@@ -47,6 +48,7 @@ class KernelConfig:
     cluster_n: int = 1
     out_dtype: OutDtype = "bfloat16"
     raster_group: int = 8
+    unroll: int = 3
 
     family: ClassVar[str] = "dense"
     template: ClassVar[str] = "dense.cu.j2"
@@ -104,7 +106,7 @@ class KernelConfig:
     @property
     def producer_registers(self) -> int:
         """Registers a producer thread keeps after ``setmaxnreg`` (a multiple of 8)."""
-        return 32 if self.consumers == 3 else 40
+        return 32 if self.consumers == 3 else 24
 
     @property
     def consumer_registers(self) -> int:
@@ -204,7 +206,19 @@ class GroupedKernelConfig(KernelConfig):
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the dense kernel's, a place per stage and the table of groups."""
-        return super().shared_bytes + _round_up(16 * self.stages + 4 * (self.max_groups + 1), 1024)
+        return _round_up(self._block_bytes + self._table_bytes, 1024)
+
+    @property
+    def _block_bytes(self) -> int:
+        """``GroupedForm::Shared``."""
+        return super().shared_bytes + _round_up(16 * self.stages, 1024)
+
+    @property
+    def _table_bytes(self) -> int:
+        """``GroupTable``: a count per group, three for each warp and turn."""
+        warps = self.threads // 32
+        turns = -(-self.max_groups // self.threads)
+        return 4 * (self.max_groups + 1 + 3 * turns * warps)
 
     @property
     def scale_box(self) -> int:
@@ -216,6 +230,26 @@ class GroupedKernelConfig(KernelConfig):
         """Whole boxes that hold the scales of a tile and up to three in front of them."""
         return _round_up(self.block_m + 3, self.scale_box)
 
+    @property
+    def row_box(self) -> int:
+        """Rows of A in one TMA box, of both blocks where A is multicast."""
+        return self.block_m if self.cluster > 1 else 64
+
+    @property
+    def few_box(self) -> int:
+        """Rows of the small boxes: short tiles load no more than they must."""
+        return 64 if self.cluster > 1 else 16
+
+    @property
+    def few_rows(self) -> int:
+        """Up to how many rows a tile is loaded by small boxes."""
+        return self.block_m - 64 if self.cluster > 1 else 16
+
+    @property
+    def shares_wave(self) -> bool:
+        """Whether two consumers share the columns of a tile's third wave."""
+        return self.staged and self.consumers == 2 and self.waves == 2
+
     def why_not_layout(self, layout: str, n: int) -> str | None:
         """Why this kernel suits no product of ``layout`` with ``n`` columns; None when it does."""
         if layout == "m_indices" and self.block_m not in (64, 128, 256):
@@ -224,7 +258,43 @@ class GroupedKernelConfig(KernelConfig):
             return "an odd number of column tiles would idle one block of a pair"
         return None
 
+
+@dataclass(frozen=True)
+class AdaptiveKernelConfig(GroupedKernelConfig):
+    """One kernel of ``templates/grouped_adaptive.cu.j2``: its tile, or a flat one, by the sizes.
+
+    Fields as in ``KernelConfig`` for the tall tile.  ``flat_n`` and ``flat_stages`` are those of
+    the flat tile, which has 64 rows and one consumer; ``flat_unroll`` its ``unroll``.
+    """
+
+    flat_n: int = 96
+    flat_stages: int = 2
+    flat_unroll: int = 3
+
+    family: ClassVar[str] = "grouped_adaptive"
+    template: ClassVar[str] = "grouped_adaptive.cu.j2"
+    entry: ClassVar[str] = "cpgemm_grouped_adaptive"
+
+    def _malformed(self) -> str | None:
+        if self.cluster > 1 or self.consumers < 2:
+            return "an adaptive kernel has two consumers at least and no clusters"
+        return super()._malformed()
+
     @property
-    def rows_few(self) -> int:
-        """Rows of the small boxes that tiles with so few rows load; 0 where A is multicast."""
-        return 16 if self.cluster == 1 else 0
+    def flat(self) -> GroupedKernelConfig:
+        """The flat tile, as the kernel that it would be on its own."""
+        return GroupedKernelConfig(
+            64, self.flat_n, self.flat_stages, 1, out_dtype=self.out_dtype, unroll=self.flat_unroll
+        )
+
+    @property
+    def name(self) -> str:
+        """Readable and unique, e.g. ``grouped_adaptive_256x128_s3_w2_or_64x96_s10_bfloat16``."""
+        tall = super().name.removesuffix(f"_{self.out_dtype}")
+        return f"{tall}_or_64x{self.flat_n}_s{self.flat_stages}_{self.out_dtype}"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the larger of the two forms'."""
+        block = max(self._block_bytes, self.flat._block_bytes)
+        return _round_up(block + self._table_bytes, 1024)

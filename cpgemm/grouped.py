@@ -15,12 +15,13 @@ import numpy as np
 
 from cpgemm import env, launch
 from cpgemm.compiler import load_kernel
-from cpgemm.config import GroupedKernelConfig
+from cpgemm.config import AdaptiveKernelConfig, GroupedKernelConfig
 from cpgemm.errors import reject
 from cpgemm.group_index import GROUP_LAYOUTS, select_layout
+from cpgemm.grouped_heuristics import choose_grouped
 from cpgemm.grouped_problem import GroupedProblem, contiguous_alignment
 from cpgemm.grouped_reference import grouped_reference
-from cpgemm.heuristics import Machine, choose_grouped
+from cpgemm.heuristics import Machine
 from cpgemm.kernels import gemm_source
 from cpgemm.problem import empty_result, infer_out_dtype
 from cpgemm.scaled import BLOCK, ScaledTensor, is_cupy, pointer
@@ -31,6 +32,8 @@ __all__ = ["contiguous_alignment", "grouped_gemm_contiguous", "grouped_gemm_mask
 # cuda_src/group_scheduler.cuh: enum GroupLayout.
 _LAYOUT_NUMBERS = {"offsets": 0, "ends": 1, "masked": 2, "m_indices": 3}
 assert set(_LAYOUT_NUMBERS) == set(GROUP_LAYOUTS)
+# cuda_src/group_scheduler.cuh: enum GroupForm.
+BY_SIZES, TALL, FLAT = 0, 1, 2
 
 
 def grouped_gemm_contiguous(
@@ -81,7 +84,7 @@ def grouped_gemm_contiguous(
         fill_padding=fill_padding,
     )
     _, index = select_layout(m_indices=m_indices, offsets=offsets, ends=ends)
-    return _run(problem, a, b, out, index, None)
+    return _run(problem, a, b, out, index)
 
 
 def grouped_gemm_masked(
@@ -100,7 +103,8 @@ def grouped_gemm_masked(
     (``out_dtype``, by default that of ``out``, else bfloat16).  masked_m: int32 (groups,), where
     ``a`` is, each between 0 and M_max.  Only the first masked_m[g] rows of each group are read into
     a result and written; the others stay as they are (anything, when ``out`` is made here).
-    ``expected_m``, about how many rows a group has, only helps to choose a kernel.
+    ``expected_m``, about how many rows a group has, is DeepGEMM's hint; it is checked but not
+    needed: the kernel looks at the counts and chooses its tiles itself.
 
     One launch on CuPy's current stream; counts are read on the device.  Counts below 0 are taken as
     0, counts above M_max as M_max; ``CPGEMM_CHECK=1`` checks them first, and waits for the stream.
@@ -116,7 +120,7 @@ def grouped_gemm_masked(
         expected_m=expected_m,
         out_dtype=infer_out_dtype(out_dtype, out),
     )
-    return _run(problem, a, b, out, masked_m, expected_m)
+    return _run(problem, a, b, out, masked_m)
 
 
 def _run(
@@ -125,7 +129,6 @@ def _run(
     b: ScaledTensor,
     out: Any,
     index: Any,
-    expected_m: int | None,
 ) -> Any:
     if not is_cupy(a.data):
         return grouped_reference(problem, a, b, out, index)
@@ -134,7 +137,7 @@ def _run(
             out = empty_result(problem.shape, problem.out_dtype)
         if out.size:
             machine = Machine.of_device(a.data.device.id)
-            config = choose_grouped(problem, expected_m, machine)
+            config = choose_grouped(problem, machine)
             launch_grouped(problem, config, a, b, out, index)
     return out
 
@@ -146,20 +149,25 @@ def launch_grouped(
     b: ScaledTensor,
     out: Any,
     index: Any,
+    form: int | None = None,
 ) -> None:
-    """Launch a chosen kernel on operands that obey every rule and lie on CuPy's current device."""
+    """Launch a chosen kernel on operands that obey every rule and lie on CuPy's current device.
+
+    ``form`` makes an adaptive kernel take ``TALL`` or ``FLAT`` tiles whatever the sizes.
+    """
     refusal = config.why_not_layout(problem.layout, problem.n)
     if refusal:
         reject("config", f"must suit {problem}", f"{config.name}: {refusal}", "Leave it out.")
     source = gemm_source(config)
-    # No more blocks than tiles when every group ends in a short one.
-    row_tiles = -(-problem.rows // config.block_m) + problem.groups
-    tiles = row_tiles * config.column_tiles(problem.n)
+    # No more blocks than tiles when every group ends in a short one, whichever form is taken.
+    least = config.flat if isinstance(config, AdaptiveKernelConfig) else config
+    row_tiles = -(-problem.rows // least.block_m) + problem.groups
+    tiles = row_tiles * least.column_tiles(problem.n)
     sms = Machine.of_device(a.data.device.id).sms
     prepared = launch.launch_config(
         config.blocks(tiles, sms), config.threads, config.shared_bytes, env.pdl()
     )
-    launch.run(load_kernel(source), prepared, _arguments(problem, config, a, b, out, index))
+    launch.run(load_kernel(source), prepared, _arguments(problem, config, a, b, out, index, form))
 
 
 def _arguments(
@@ -169,24 +177,27 @@ def _arguments(
     b: ScaledTensor,
     out: Any,
     index: Any,
+    form: int | None,
 ) -> tuple[Any, ...]:
     """The kernel's parameters in their order, in the units of its signature."""
     groups = problem.groups if problem.layout == "masked" else 1
-    map_a = matrix_map(a.data, (config.block_m // config.cluster_n, BLOCK), 128)
-    map_few = matrix_map(a.data, (config.rows_few, BLOCK), 128) if config.rows_few else map_a
     map_scale_a = tensor_map(
         pointer(a.scales), groups * problem.k_blocks, problem.m, 4 * a.scales_pitch, 4,
         (1, config.scale_box), 0, a.data.device.id,
     )  # fmt: skip
-    map_b = matrix_map(b.data, (config.block_n, BLOCK), 128)
-    # The float32 kernels store from registers and never look at their map of D.
-    map_d = matrix_map(out, config.store_box, config.store_box[1] * 2) if config.staged else map_a
+    map_a = matrix_map(a.data, (config.row_box // config.cluster_n, BLOCK), 128)
+    map_few = matrix_map(a.data, (config.few_box // config.cluster_n, BLOCK), 128)
+    more: tuple[Any, ...] = ()
+    last: tuple[Any, ...] = ()
+    if isinstance(config, AdaptiveKernelConfig):
+        more = _weights_and_result(config.flat, b, out)
+        last = (np.int32(_form(problem) if form is None else form),)
     return (
         map_a,
         map_few,
-        map_b,
         map_scale_a,
-        map_d,
+        *_weights_and_result(config, b, out),
+        *more,
         np.uint64(pointer(b.scales)),
         np.uint64(pointer(index)),
         np.uint64(pointer(out)),
@@ -196,7 +207,21 @@ def _arguments(
         np.int32(problem.m),
         np.int32(problem.n),
         np.int32(problem.k),
-        np.int32(config.block_m),
-        np.int32(config.rows_few),
         np.int32(problem.fill_padding),
+        *last,
     )
+
+
+def _weights_and_result(config: GroupedKernelConfig, b: ScaledTensor, out: Any) -> tuple[Any, Any]:
+    """Maps of B and D for one form of tile."""
+    map_b = matrix_map(b.data, (config.block_n, BLOCK), 128)
+    # The float32 kernels store from registers and never look at their map of D.
+    map_d = matrix_map(out, config.store_box, config.store_box[1] * 2) if config.staged else map_b
+    return map_b, map_d
+
+
+def _form(problem: GroupedProblem) -> int:
+    """How an adaptive kernel finds its form: by the sizes, unless they stand in m_indices."""
+    if problem.layout != "m_indices":
+        return BY_SIZES
+    return FLAT if problem.m <= contiguous_alignment() * problem.groups else TALL

@@ -25,9 +25,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
-from cpgemm.config import SHARED_LIMIT, GroupedKernelConfig, KernelConfig
+from cpgemm.config import SHARED_LIMIT, KernelConfig
 from cpgemm.errors import reject
-from cpgemm.grouped_problem import GroupedProblem
 from cpgemm.problem import GemmProblem, OutDtype
 
 __all__ = [
@@ -35,11 +34,11 @@ __all__ = [
     "Candidate",
     "Explanation",
     "Machine",
+    "Tile",
     "choose",
-    "choose_grouped",
     "configurations",
+    "deepest",
     "explain",
-    "grouped_configurations",
 ]
 
 _Config = TypeVar("_Config", bound=KernelConfig)
@@ -58,7 +57,7 @@ _LAUNCH_US = 2.39
 _CLUSTER_US = 0.5  # pairs of blocks start together and end together
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """The fields of a configuration that are chosen; the rest follows."""
 
     block_m: int
@@ -70,29 +69,21 @@ class _Tile(NamedTuple):
 
 # What won somewhere among what was tried: docs/performance.md.
 _TILES = (
-    _Tile(256, 128, 2),
-    _Tile(256, 128, 2, cluster_n=2),
-    _Tile(192, 128, 3),
-    _Tile(192, 128, 3, cluster_n=2),
-    _Tile(128, 192, 2),
-    _Tile(128, 192, 2, cluster_m=2),
-    _Tile(128, 128, 2),
-    _Tile(128, 128, 2, cluster_n=2),
-    _Tile(128, 96, 2),
-    _Tile(128, 64, 2),
-    _Tile(64, 128, 1),
-    _Tile(64, 96, 1),
-    _Tile(64, 64, 1),
-    _Tile(64, 32, 1),
-    _Tile(64, 16, 1),
-)
-_GROUPED_TILES = (
-    _Tile(256, 128, 2),
-    _Tile(256, 128, 2, cluster_n=2),
-    _Tile(192, 128, 3),
-    _Tile(128, 128, 2),
-    _Tile(64, 128, 1),
-    _Tile(64, 96, 1),
+    Tile(256, 128, 2),
+    Tile(256, 128, 2, cluster_n=2),
+    Tile(192, 128, 3),
+    Tile(192, 128, 3, cluster_n=2),
+    Tile(128, 192, 2),
+    Tile(128, 192, 2, cluster_m=2),
+    Tile(128, 128, 2),
+    Tile(128, 128, 2, cluster_n=2),
+    Tile(128, 96, 2),
+    Tile(128, 64, 2),
+    Tile(64, 128, 1),
+    Tile(64, 96, 1),
+    Tile(64, 64, 1),
+    Tile(64, 32, 1),
+    Tile(64, 16, 1),
 )
 
 
@@ -137,22 +128,10 @@ def _machine_of_device(device: int) -> Machine:
 @functools.lru_cache(maxsize=2)
 def configurations(out_dtype: OutDtype) -> tuple[KernelConfig, ...]:
     """The finite set of dense kernels for one output dtype."""
-    return tuple(_deepest(KernelConfig, tile, out_dtype) for tile in _TILES)
+    return tuple(deepest(KernelConfig, tile, out_dtype) for tile in _TILES)
 
 
-@functools.lru_cache(maxsize=2)
-def grouped_configurations(out_dtype: OutDtype) -> tuple[GroupedKernelConfig, ...]:
-    """The finite set of grouped kernels for one output dtype, the largest tile first."""
-    return tuple(
-        _deepest(GroupedKernelConfig, tile, out_dtype)
-        for tile in _GROUPED_TILES
-        # float32 stores leave the scheduling producer of a pair short of registers, and make the
-        # tallest tile slow to compile.
-        if out_dtype == "bfloat16" or tile.block_m < 256
-    )
-
-
-def _deepest(kind: type[_Config], tile: _Tile, out_dtype: OutDtype) -> _Config:
+def deepest(kind: type[_Config], tile: Tile, out_dtype: OutDtype) -> _Config:
     """The configuration of a tile with as many stages as fit."""
     least = kind(stages=2, out_dtype=out_dtype, **tile._asdict())
     operands = (tile.block_m + tile.block_n) * 128
@@ -201,7 +180,7 @@ def _epilogue_clocks(config: KernelConfig) -> float:
     return _EPILOGUE + _EPILOGUE_ELEMENT[config.consumers] * config.block_m * config.block_n
 
 
-def _l2_us(box_rows: float, problem: GemmProblem | GroupedProblem, machine: Machine) -> float:
+def _l2_us(box_rows: float, problem: GemmProblem, machine: Machine) -> float:
     """Time for ``box_rows`` rows of boxes, in all tiles together, for each k-block."""
     lines = 2 if problem.k % 128 else 1  # of L2 that 128 bytes of a row touch
     return box_rows * problem.k_blocks * 128 * lines / (machine.l2_tbs * 1e6)
@@ -298,65 +277,3 @@ def _explain(problem: GemmProblem, machine: Machine) -> Explanation:
 def choose(problem: GemmProblem, machine: Machine = H200) -> KernelConfig:
     """The configuration that the model predicts to be fastest."""
     return _explain(problem, machine).choice.config
-
-
-# Row counts that a masked group may well have, when nobody says.
-_PLAUSIBLE_ROWS = (16, 64, 256, 1024)
-
-
-@functools.lru_cache(maxsize=4096)  # it stands on the path of every grouped call
-def choose_grouped(
-    problem: GroupedProblem, expected_rows: int | None = None, machine: Machine = H200
-) -> GroupedKernelConfig:
-    """The kernel for a grouped product, by the rows that a group is expected to have.
-
-    Sizes are not known on the host.  ``expected_rows`` is the caller's hint; without one the mean
-    is taken for the contiguous layouts, and for the masked one the kernel whose worst case over a
-    spread of plausible counts is mildest.
-    """
-    candidates = [
-        config
-        for config in grouped_configurations(problem.out_dtype)
-        if config.why_not_layout(problem.layout, problem.n) is None
-    ]
-    if expected_rows is not None:
-        plausible = {min(expected_rows, problem.m)}
-    elif problem.layout == "masked":
-        plausible = {min(rows, problem.m) for rows in _PLAUSIBLE_ROWS}
-    else:
-        plausible = {-(-problem.m // problem.groups)}
-    worst = dict.fromkeys(candidates, 0.0)  # time over the best candidate's, at its worst
-    for rows in plausible:
-        us = {c: _predict_grouped(problem, c, max(rows, 1), machine) for c in candidates}
-        best = min(us.values())
-        worst = {config: max(worst[config], us[config] / best) for config in candidates}
-    return min(candidates, key=lambda config: worst[config])
-
-
-def _predict_grouped(
-    problem: GroupedProblem, config: GroupedKernelConfig, rows: int, machine: Machine
-) -> float:
-    """Microseconds for ``problem.groups`` groups of ``rows`` rows, launch not counted."""
-    full, tail = divmod(rows, config.block_m)
-    # A short tile costs the waves that it has, or the chain of the consumer with the most of them.
-    waves = -(-tail // 64)
-    chain = _CHAIN + _CHAIN_COLUMN[config.consumers] * config.block_n
-    whole = _k_block_clocks(config)
-    short = max(whole * waves * 64 / config.block_m, -(-waves // config.consumers) * chain)
-    row_tiles = full + (1 if tail else 0)
-    columns = config.column_tiles(problem.n)
-    tiles = problem.groups * row_tiles * columns
-    mean = (full * whole + (short if tail else 0.0)) / row_tiles
-    clocks = _turns(config, tiles, machine) * (problem.k_blocks * mean + _epilogue_clocks(config))
-    # Measured beside the model: blocks of a pair wait for each other; three consumers start slowly.
-    measured = 1.05 if config.cluster > 1 else 1.1 if config.consumers == 3 else 1.0
-    compute_us = measured * clocks / (machine.clock_ghz * 1e3)
-    tail_rows = config.rows_few if tail <= config.rows_few else config.block_m
-    box_rows = full * config.block_m + (tail_rows if tail else 0)
-    rows_of_a = problem.groups * columns * box_rows / config.cluster_n
-    l2_us = _l2_us(rows_of_a + tiles * config.block_n, problem, machine)
-    moved = problem.bytes(problem.groups * rows, problem.groups)
-    # 64 KiB of weights in flight per multiprocessor fill the memory system, 48 reach 85 %.
-    filled = min(1.0, 0.4 + 0.6 * config.stages * config.block_n * 128 / 65536)
-    dram_us = moved / (machine.dram_tbs * 1e6) / filled
-    return _overlapped(compute_us, l2_us, dram_us)

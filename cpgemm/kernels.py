@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 
 from cpgemm.config import KernelConfig
-from cpgemm.heuristics import configurations, grouped_configurations
+from cpgemm.grouped_heuristics import grouped_configurations
+from cpgemm.heuristics import configurations
 from cpgemm.problem import OUT_DTYPES
 from cpgemm.render import KernelSource, render
 

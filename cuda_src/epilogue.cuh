@@ -97,7 +97,8 @@ __device__ __forceinline__ void store_staged(
 template <int kN, int kRows, int kChunk>
 __device__ __forceinline__ void copy_staged(const u8* buffer, u16* d, long long pitch, int rows, int columns) {
     constexpr int kUnits = kN / 8;  // of 16 bytes, per row
-    for (int i = threadIdx.x % 128; i < rows * kUnits; i += 128) {
+#pragma unroll 1
+    for (int i = ptx::opaque(threadIdx.x % 128); i < rows * kUnits; i += 128) {
         const int row = i / kUnits, column = i % kUnits * 8;
         if (column < columns) {
             const uint4 unit = *reinterpret_cast<const uint4*>(buffer + staged_offset<kRows, kChunk>(row, column));

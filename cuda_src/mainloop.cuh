@@ -25,7 +25,7 @@ struct Wgmma;
 // The decisions that shape the loop, with what follows from them.
 template <
     int kBlockM_, int kBlockN_, int kStages_, int kConsumers_, int kClusterM_, int kClusterN_, int kSegment_,
-    int kScaleRows_, typename Element_>
+    int kScaleRows_, int kUnroll_, typename Element_>
 struct TileConfig {
     using Element = Element_;  // of C and D
     static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kBlockK = 128;
@@ -36,6 +36,7 @@ struct TileConfig {
     static constexpr int kSegment = kSegment_;    // columns that surely share one scale of B
     static constexpr int kSegments = kBlockN / kSegment;
     static constexpr int kScaleRows = kScaleRows_;  // scales of A that a stage has room for, kBlockM at least
+    static constexpr int kUnroll = kUnroll_;  // k-blocks of the main loop, where all waves have rows
     static constexpr int kCluster = kClusterM * kClusterN;
     static constexpr int kThreads = 128 * (kConsumers + 1);
     // Waves of 64 rows go to the consumers in turn, so that a tile with few rows keeps them all at work.
@@ -63,7 +64,8 @@ template <class Tile>
 struct Producer {
     SharedMemory<Tile>& shared;
     const TensorMap *map_a, *map_scale_a, *map_b;
-    int rows_loaded;              // rows of map_a's boxes, of all blocks of the cluster together
+    int row_boxes, box_rows;      // boxes of map_a that a stage takes, and rows in each, with multicast those
+                                  // that the blocks of the cluster load together
     int scale_boxes, scale_rows;  // how many boxes of map_scale_a a stage takes, and scales in each
     int k_blocks, lane;
     u32 rank;
@@ -77,8 +79,9 @@ struct Producer {
     // of their map; `scale_b` points to this lane's row of column scales. TMA wants the first byte of a
     // box at a multiple of 16: scale_x is a multiple of 4, or the GPU stops with an illegal instruction.
     __device__ __forceinline__ void load(int row, int column, int scale_x, int scale_y, const float* scale_b) {
-        const u32 stage_bytes =
-            (rows_loaded + Tile::kBlockN) * Tile::kBlockK + scale_boxes * scale_rows * static_cast<int>(sizeof(float));
+        const u32 stage_bytes = (row_boxes * box_rows + Tile::kBlockN) * Tile::kBlockK +
+                                scale_boxes * scale_rows * static_cast<int>(sizeof(float));
+#pragma unroll 1
         for (int kb = 0; kb < k_blocks; ++kb) {
             const int s = position.stage;
             u64* full = &shared.ring.full[s];
@@ -87,6 +90,7 @@ struct Producer {
                 ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
                 load_a(s, kb * Tile::kBlockK, row, full);
                 load_b(s, kb * Tile::kBlockK, column, full);
+#pragma unroll 1
                 for (int i = 0; i < scale_boxes; ++i) {
                     float* part = shared.scale_a[s] + i * scale_rows;
                     ptx::tma_load_2d(part, map_scale_a, full, scale_x + i * scale_rows, scale_y + kb);
@@ -103,11 +107,15 @@ struct Producer {
 
     // With multicast each block of the cluster loads half of the shared operand, for both.
     __device__ __forceinline__ void load_a(int s, int x, int row, u64* full) {
-        if (Tile::kClusterN > 1) {
-            const int part = rank * (Tile::kBlockM / 2);
-            ptx::tma_load_2d_multicast(shared.a[s] + part * Tile::kBlockK, map_a, full, x, row + part, 3);
-        } else {
-            ptx::tma_load_2d(shared.a[s], map_a, full, x, row);
+#pragma unroll 1
+        for (int i = 0; i < row_boxes; ++i) {
+            if (Tile::kClusterN > 1) {
+                const int part = i * box_rows + rank * (box_rows / 2);
+                ptx::tma_load_2d_multicast(shared.a[s] + part * Tile::kBlockK, map_a, full, x, row + part, 3);
+            } else {
+                const int part = i * box_rows;
+                ptx::tma_load_2d(shared.a[s] + part * Tile::kBlockK, map_a, full, x, row + part);
+            }
         }
     }
 
@@ -157,7 +165,7 @@ struct Consumer {
             for (int i = 0; i < Tile::kBlockN / 2; ++i) total[wave][i] = 0.0f;
         }
         StagePosition<Tile::kStages> at = position;
-#pragma unroll (kActive == Tile::kWaves ? 3 : 1)
+#pragma unroll (kActive == Tile::kWaves ? Tile::kUnroll : 1)
         for (int kb = 0; kb < k_blocks; ++kb) {
             const int s = at.stage;
             wait_full(at);
@@ -180,9 +188,46 @@ struct Consumer {
         }
     }
 
+    // A tile with one wave more than consumers, of two: this warpgroup multiplies its own wave and half of
+    // the columns of the last one.
+    __device__ __forceinline__ void multiply_shared(
+        float (&total)[Tile::kBlockN / 2], float (&half)[Tile::kBlockN / 4], int k_blocks, int scale_shift) {
+        static_assert(Tile::kConsumers != 2 || Tile::kSegments == 1, "both halves of the columns have one scale");
+        constexpr int kHalf = Tile::kBlockN / 2;
+        const int own = first_row / 64;
+        const u32 to_last = (Tile::kConsumers - own) * descriptor::kStepRows64;
+        const u32 to_half = own * (kHalf * Tile::kBlockK / 16);
+#pragma unroll
+        for (int i = 0; i < Tile::kBlockN / 2; ++i) total[i] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kHalf / 2; ++i) half[i] = 0.0f;
+        StagePosition<Tile::kStages> at = position;
+#pragma unroll 1
+        for (int kb = 0; kb < k_blocks; ++kb) {
+            const int s = at.stage;
+            wait_full(at);
+            const float column_scale[1] = {shared.scale_b[s][0]};
+            const u32 stage_a = low_a + s * (Tile::kBlockM * Tile::kBlockK / 16);
+            const u32 stage_b = low_b + s * (Tile::kBlockN * Tile::kBlockK / 16);
+            const float* row_scales = shared.scale_a[s] + scale_shift + fragment_row;
+            const float own_scale = row_scales[0], own_scale_8 = row_scales[8];
+            const float last_scale = row_scales[Tile::kWaveStride - first_row];
+            const float last_scale_8 = row_scales[Tile::kWaveStride - first_row + 8];
+            float partial[Tile::kBlockN / 2];
+            Wgmma<Tile::kBlockN>::k128(partial, descriptor::make(stage_a), descriptor::make(stage_b));
+            promote<Tile::kBlockN, Tile::kBlockN>(total, partial, own_scale, own_scale_8, column_scale);
+            float partial_half[kHalf / 2];
+            Wgmma<kHalf>::k128(partial_half, descriptor::make(stage_a + to_last), descriptor::make(stage_b + to_half));
+            release(s);
+            promote<kHalf, kHalf>(half, partial_half, last_scale, last_scale_8, column_scale);
+            at.advance();
+        }
+    }
+
     // A tile in which this warpgroup has no rows: keeps the ring turning.
     __device__ __forceinline__ void skip(int k_blocks) {
         StagePosition<Tile::kStages> at = position;
+#pragma unroll 1
         for (int kb = 0; kb < k_blocks; ++kb) {
             wait_full(at);
             __syncwarp();

@@ -174,4 +174,11 @@ __device__ __forceinline__ void stmatrix_x4(u32 address, u32 r0, u32 r1, u32 r2,
                  : "memory");
 }
 
+// The same value, which the compiler takes for a new one: what is computed from it stays where it is written
+// and holds no registers elsewhere.
+__device__ __forceinline__ int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 }  // namespace ptx

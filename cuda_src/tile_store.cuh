@@ -21,19 +21,19 @@ struct TileStore {
     long long pitch;
     int n;
     u8* buffer;
-    int warpgroup, warp, lane;
+    int warpgroup;
 
     __device__ __forceinline__ TileStore(
-        SharedMemory<Tile>& shared, const TensorMap& map, Element* d_, long long pitch_, int n_, int warpgroup_,
-        int warp_, int lane_)
+        SharedMemory<Tile>& shared, const TensorMap& map, Element* d_, long long pitch_, int n_, int warpgroup_)
         : map_d(map), d(d_), pitch(pitch_), n(n_), buffer(shared.d[Tile::kStaged ? warpgroup_ : 0]),
-          warpgroup(warpgroup_), warp(warp_), lane(lane_) {}
+          warpgroup(warpgroup_) {}
 
     // The waves start at rows row, row + kWaveStride, ...; rows from row_end and columns from n on are not
     // stored. `foreign`: rows behind row_end belong to somebody else; otherwise the matrix ends there and
     // TMA clips.
     __device__ __forceinline__ void store(
         const typename Consumer<Tile>::Total& total, int row, int row_end, int column, bool foreign) {
+        const int thread = own_thread(), warp = thread / 32, lane = thread % 32;
         if constexpr (Tile::kStaged) {
             if (issuer()) ptx::tma_store_wait_read();
             ptx::named_barrier(1 + warpgroup, 128);
@@ -66,10 +66,40 @@ struct TileStore {
         }
     }
 
+    // What Consumer::multiply_shared leaves: the wave at `row`, and of the one at last_row this warpgroup's
+    // half of the columns. Rows from row_end on belong to somebody else.
+    __device__ __forceinline__ void store_shared(
+        const float (&total)[Tile::kBlockN / 2], const float (&half)[Tile::kBlockN / 4], int row, int last_row,
+        int row_end, int column) {
+        constexpr int kHalf = Tile::kBlockN / 2;
+        static_assert(!Tile::kStaged || Tile::kConsumers != 2 || kHalf == kChunk, "a half is one store box");
+        const int half_column = column + warpgroup * kHalf;
+        u8* staged_half = buffer + kWaveBytes;
+        const int thread = own_thread(), warp = thread / 32, lane = thread % 32;
+        if (issuer()) ptx::tma_store_wait_read();
+        ptx::named_barrier(1 + warpgroup, 128);
+        epilogue::stage_bf16<Tile::kBlockN, 64, kChunk>(total, ptx::shared_address(buffer), warp * 16, lane);
+        epilogue::stage_bf16<kHalf, 64, kChunk>(half, ptx::shared_address(staged_half), warp * 16, lane);
+        ptx::fence_async_shared();
+        ptx::named_barrier(1 + warpgroup, 128);
+        if (issuer()) epilogue::store_staged<Tile::kBlockN, 64, kChunk>(map_d, buffer, row, column, row_end, n);
+        if (row_end - last_row < 64) {
+            epilogue::copy_staged<kHalf, 64, kChunk>(
+                staged_half, d + last_row * pitch + half_column, pitch, row_end - last_row, n - half_column);
+            __syncwarp();
+        } else if (issuer()) {
+            epilogue::store_staged<kHalf, 64, kChunk>(map_d, staged_half, last_row, half_column, row_end, n);
+        }
+    }
+
     // Before the block ends: its shared memory may still be read by the copy engine.
     __device__ __forceinline__ void drain() {
         if (Tile::kStaged && issuer()) ptx::tma_store_wait_read();
     }
 
-    __device__ __forceinline__ bool issuer() const { return warp == 0 && lane == 0; }
+    __device__ __forceinline__ bool issuer() const { return threadIdx.x % 128 == 0; }
+
+    // Number in the warpgroup, opaque: addresses that follow from it are made anew for each tile instead of
+    // holding registers through the main loop.
+    __device__ __forceinline__ int own_thread() const { return ptx::opaque(threadIdx.x % 128); }
 };

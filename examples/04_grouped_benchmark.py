@@ -1,9 +1,10 @@
 """Grouped GEMMs on DeepSeek-V3's mixture-of-experts rows, each beside a live yardstick.
 
 Contiguous rows are compared with the dense kernel at M = 4096 on the same (N, K), ragged sizes with
-aligned ones of equal total, decode rows with a kernel that only streams the weights by TMA. Masked
-rows are run with the right hint, no hint and wrong ones. All contenders of a row are interleaved in
-one run on operands that exceed L2, and checked first.
+aligned ones of equal total, decode rows with a kernel that only streams the weights by TMA, 512
+groups of which 8 have rows with those 8 alone. Masked rows are run with the right hint, no hint and
+wrong ones. All contenders of a row are interleaved in one run on operands that exceed L2, and
+checked first.
 
     python examples/04_grouped_benchmark.py [--quick] [--json FILE] [--markdown FILE]
 """
@@ -113,6 +114,8 @@ def measure(rng: np.random.Generator, timed: Callable[..., Any]) -> Iterator[Row
     for groups, m, n, k in MASKED:
         yield from _masked(scaled, result, timed, groups, m, n, k)
         cupy.get_default_memory_pool().free_all_blocks()
+    for m in (16, 256):
+        yield from _empty(scaled, result, rng, timed, m, 4096, 2048)
 
 
 def _contiguous(
@@ -211,6 +214,35 @@ def _masked(
             if floor
             else row
         )
+
+
+def _empty(scaled: Any, result: Any, rng: Any, timed: Any, m: int, n: int, k: int) -> Iterator[Row]:
+    """What empty groups cost: 8 of 512 groups with ``m`` rows each against copies of those 8."""
+    groups, live, passes = 512, 8, 8
+    b = scaled(groups, n, k, granularity=(128, 128))
+    a, out = scaled(live * m, k, granularity=(1, 128)), result(live * m, n)
+    contenders: dict[str, list[Callable[[], object]]] = {"8 groups": [], "8 of 512 groups": []}
+    for _ in range(passes):
+        chosen = np.sort(rng.choice(groups, live, replace=False))
+        few = ScaledTensor.from_arrays(
+            b.data.view(np.uint8)[chosen], b.scales[chosen], b.granularity
+        )
+        counts = np.zeros(groups, int)
+        counts[chosen] = m
+        for name, matrices, sizes in (
+            ("8 groups", few, np.full(live, m)), ("8 of 512 groups", b, counts),
+        ):  # fmt: skip
+            bounds = np.concatenate([[0], np.cumsum(sizes)])
+            call = functools.partial(
+                cpgemm.grouped_gemm_contiguous, a, matrices, out, offsets=_device(bounds)
+            )
+            call()
+            spans = [(g, bounds[g], bounds[g + 1]) for g in range(len(sizes)) if sizes[g]]
+            _check(name, a, matrices, out, spans)
+            contenders[name].append(call)
+    flops = dict.fromkeys(contenders, 2.0 * live * m * n * k)
+    moved = float(live * (m * k + n * k + 2 * m * n))
+    yield from _rows(f"8 groups of {m} {n}x{k}", timed(contenders), flops, moved, "8 groups")
 
 
 def _rows(

@@ -19,9 +19,11 @@ import numpy as np
 from gemm_checks import operands
 
 import cpgemm
-from cpgemm.grouped import launch_grouped
+from cpgemm.config import AdaptiveKernelConfig
+from cpgemm.grouped import FLAT, TALL, launch_grouped
+from cpgemm.grouped_heuristics import grouped_configurations
 from cpgemm.grouped_problem import GroupedProblem
-from cpgemm.heuristics import configurations, grouped_configurations
+from cpgemm.heuristics import configurations
 from cpgemm.problem import OUT_DTYPES, OutDtype
 
 
@@ -45,21 +47,24 @@ def dense(rng: np.random.Generator, out_dtype: OutDtype) -> int:
 
 
 def grouped(rng: np.random.Generator, out_dtype: OutDtype) -> int:
-    offsets = np.cumsum([2, 0, 1, 130, 0, 300, 7])
+    offsets = np.cumsum([2, 0, 1, 130, 0, 420, 300, 7])  # tails of one to four waves
     groups, rows, n, k = len(offsets) - 1, int(offsets[-1]) + 3, 200, 272
     a, _ = operands(rng, rows, 8, k, cp)
     b = cpgemm.quantize(
         cp.asarray(rng.standard_normal((groups, n, k), dtype=np.float32)), (128, 128)
     )
     index = cp.asarray(offsets, dtype=np.int32)
+    launches = 0
     for config in grouped_configurations(out_dtype):
-        out = zeros(rows, n, out_dtype)
-        problem = GroupedProblem.of_contiguous(
-            a, b, out, offsets=index, out_dtype=out_dtype, fill_padding=True
-        )
-        launch_grouped(problem, config, a, b, out, index)
-        cp.cuda.Device().synchronize()
-    return len(grouped_configurations(out_dtype))
+        for form in (TALL, FLAT) if isinstance(config, AdaptiveKernelConfig) else (None,):
+            out = zeros(rows, n, out_dtype)
+            problem = GroupedProblem.of_contiguous(
+                a, b, out, offsets=index, out_dtype=out_dtype, fill_padding=True
+            )
+            launch_grouped(problem, config, a, b, out, index, form)
+            cp.cuda.Device().synchronize()
+            launches += 1
+    return launches
 
 
 if __name__ == "__main__":

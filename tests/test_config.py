@@ -22,7 +22,7 @@ def test_name_tells_the_decisions():
 
 
 @pytest.mark.parametrize(
-    ("consumers", "block_m", "registers"), [(2, 256, (40, 232)), (3, 192, (32, 160))]
+    ("consumers", "block_m", "registers"), [(2, 256, (24, 240)), (3, 192, (32, 160))]
 )
 def test_registers_fit_the_register_file(consumers, block_m, registers):
     config = KernelConfig(block_m, 128, 3, consumers)

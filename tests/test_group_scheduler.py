@@ -49,14 +49,20 @@ def split(index, m, groups, row, column, block_m):
     return kept + ([rest] if kept and rest else [])
 
 
+def even_share(waves, tile, tiles):
+    each, more = divmod(waves, tiles)
+    return each * tile + min(tile, more)
+
+
 def schedule(layout, index, groups, m, n, block_m, block_n, clusters):
     indices = layout == "m_indices"
     spans = [(0, m)] if indices else list(ranges(layout, index, groups, m))
     before = np.concatenate([[0], np.cumsum([-(-(e - b) // block_m) for b, e in spans])])
     columns = -(-n // block_n)
     for cluster in range(clusters):
-        group, following = 0, cluster
+        group, turn = 0, 0
         while True:
+            following = turn * clusters + (cluster + turn) % clusters
             row_tile = following // columns
             while group < len(spans) and before[group + 1] <= row_tile:
                 group += 1
@@ -68,12 +74,17 @@ def schedule(layout, index, groups, m, n, block_m, block_n, clusters):
             raster_rows = min(tiles - raster * RASTER, RASTER)
             in_raster = in_group - raster * RASTER * columns
             column = in_raster // raster_rows
-            row = (raster * RASTER + in_raster - column * raster_rows) * block_m
-            following += clusters
+            row = raster * RASTER + in_raster - column * raster_rows
+            turn += 1
             if indices:
-                yield from split(index, m, groups, row, column * block_n, block_m)
+                yield from split(index, m, groups, row * block_m, column * block_n, block_m)
             else:
-                yield spans[group][0] + row, spans[group][1], column * block_n, group
+                begin, end = spans[group]
+                waves = -(-(end - begin) // 64)
+                first_row = begin + 64 * even_share(waves, row, tiles)
+                row_end = min(begin + 64 * even_share(waves, row + 1, tiles), end)
+                assert 0 < row_end - first_row <= block_m
+                yield first_row, row_end, column * block_n, group
 
 
 def covered(layout, index, groups, m, n, block_m, block_n, clusters):

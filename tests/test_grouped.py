@@ -26,9 +26,11 @@ from grouped_checks import (
 )
 
 import cpgemm
+from cpgemm.config import AdaptiveKernelConfig
 from cpgemm.errors import ArgumentError
+from cpgemm.grouped import FLAT, TALL, launch_grouped
+from cpgemm.grouped_heuristics import grouped_configurations
 from cpgemm.grouped_reference import grouped_reference
-from cpgemm.heuristics import grouped_configurations
 from cpgemm.scaled import ScaledTensor
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -178,6 +180,13 @@ def test_mixture_of_experts_sizes(rng, layout, sizes, m_max, n, k):
     case.check()
 
 
+def forms(out_dtype):
+    """Every kernel, the adaptive ones with tall and with flat tiles."""
+    for config in grouped_configurations(out_dtype):
+        for form in (TALL, FLAT) if isinstance(config, AdaptiveKernelConfig) else (None,):
+            yield config, form
+
+
 @pytest.mark.gpu
 @both_dtypes
 @each_layout
@@ -185,10 +194,8 @@ def test_every_configuration(rng, layout, out_dtype):
     """Each kernel, whatever the choice for these sizes would be, with and without zero-filling."""
     import cupy as cp
 
-    from cpgemm.grouped import launch_grouped
-
-    sizes = [0, 1, 77, 128, 129, 0, 300, 64]
-    for config in grouped_configurations(out_dtype):
+    sizes = [0, 1, 77, 128, 129, 0, 300, 64, 192, 193, 400]
+    for config, form in forms(out_dtype):
         for fill_padding in {False, layout != "masked"}:
             case = Case(
                 rng, layout, sizes, 392, 400, cp, out_dtype=out_dtype, first=9, spare=140,
@@ -198,7 +205,7 @@ def test_every_configuration(rng, layout, out_dtype):
                 with pytest.raises(ArgumentError, match="config: must suit"):
                     launch_grouped(case.problem, config, case.a, case.b, case.out, case.index)
                 continue
-            launch_grouped(case.problem, config, case.a, case.b, case.out, case.index)
+            launch_grouped(case.problem, config, case.a, case.b, case.out, case.index, form)
             case.check()
 
 

@@ -7,8 +7,7 @@ from gemm_checks import DENSE_SHAPES
 
 import cpgemm
 from cpgemm.errors import ArgumentError
-from cpgemm.grouped_problem import GroupedProblem
-from cpgemm.heuristics import H200, Machine, choose, choose_grouped, configurations, explain
+from cpgemm.heuristics import H200, Machine, choose, configurations, explain
 from cpgemm.problem import GemmProblem
 
 
@@ -71,41 +70,3 @@ def test_fewer_multiprocessors_take_longer():
 def test_empty_is_not_explained():
     with pytest.raises(ArgumentError, match="must not be 0"):
         explain(0, 128, 128)
-
-
-GROUPED_WINNERS = (  # masked rows of docs/benchmarks and the tile that was fastest there
-    (1, 1024, 4096, 7168, (256, 128)),
-    (2, 512, 7168, 2048, (256, 128)),
-    (4, 256, 4096, 7168, (256, 128)),
-    (32, 20, 4096, 4096, (64, 128)),
-    (32, 20, 7168, 2048, (64, 128)),
-    (32, 192, 4096, 4096, (192, 128)),
-    (9, 64, 4096, 7168, (64, 96)),
-    (8, 4, 4096, 7168, (64, 128)),
-)
-
-
-@pytest.mark.parametrize(("groups", "m", "n", "k", "tile"), GROUPED_WINNERS)
-def test_grouped_choice_with_the_right_hint(groups, m, n, k, tile):
-    config = choose_grouped(GroupedProblem("masked", groups, 4096, n, k), m)
-    assert (config.block_m, config.block_n) == tile
-
-
-def test_grouped_choice_without_a_hint_is_in_the_middle():
-    for groups, _, n, k, _ in GROUPED_WINNERS:
-        assert choose_grouped(GroupedProblem("masked", groups, 4096, n, k)).block_m == 128
-
-
-def test_m_indices_never_get_straddling_tiles(rng):
-    for m, n, k in rng.integers(1, (40000, 1000, 500), (200, 3)):
-        config = choose_grouped(GroupedProblem("m_indices", 8, int(m), int(n) * 8, int(k) * 16))
-        assert config.block_m in (64, 128, 256)
-        assert -(-int(n) * 8 // config.block_n) % config.cluster_n == 0
-
-
-def test_grouped_choice_is_remembered():
-    """It stands on the path of every call, and the model takes a hundred microseconds."""
-    problem = GroupedProblem("offsets", 7, 1234, 4096, 7168)
-    before = choose_grouped.cache_info().hits
-    assert choose_grouped(problem) is choose_grouped(GroupedProblem("offsets", 7, 1234, 4096, 7168))
-    assert choose_grouped.cache_info().hits > before

@@ -8,6 +8,7 @@
 //   config.cluster_n = 1
 //   config.out_dtype = bfloat16
 //   config.raster_group = 8
+//   config.unroll = 3
 
 // Dense block-scaled FP8 GEMM for sm_90a, cooperative form:
 //   D[m, n] = cast(C[m, n] + sum_kb sA[m, kb] * sB[n / 128, kb] * sum_{k in kb} A[m, k] * B[n, k])
@@ -37,9 +38,10 @@ constexpr int kClusterM = 1;
 constexpr int kClusterN = 1;
 constexpr int kRasterGroup = 8;
 constexpr int kSegment = 128;
+constexpr int kUnroll = 3;
 constexpr int kStoreChunk = 64;  // columns per TMA store box
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240;
 constexpr int kSharedBytes = 217088;
 using Element = u16;
 
@@ -78,7 +80,7 @@ struct Wgmma<128> {
     }
 };
 
-using Tile = TileConfig<kBlockM, kBlockN, kStages, kConsumers, kClusterM, kClusterN, kSegment, kBlockM, Element>;
+using Tile = TileConfig<kBlockM, kBlockN, kStages, kConsumers, kClusterM, kClusterN, kSegment, kBlockM, kUnroll, Element>;
 using Scheduler = TileScheduler<kBlockM, kBlockN, kClusterM, kClusterN, kRasterGroup>;
 static_assert(sizeof(SharedMemory<Tile>) == kSharedBytes, "the host's shared memory size differs from the kernel's");
 
@@ -110,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
         if (kConsumers > 1) ptx::registers_decrease<kProducerRegisters>();
         if (warp == 0) {
             Producer<Tile> producer{
-                shared, &map_a, &map_scale_a, &map_b, rows_loaded, 1, rows_loaded, k_blocks, lane, rank};
+                shared, &map_a, &map_scale_a, &map_b, 1, rows_loaded, 1, rows_loaded, k_blocks, lane, rank};
             while (tiles.advance()) {
                 const int row = tiles.block_m * kBlockM, column = tiles.block_n * kBlockN;
                 const int scale_row = min((column + lane * kSegment) / 128, (n - 1) / 128);
@@ -121,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
     } else {
         if (kConsumers > 1) ptx::registers_increase<kConsumerRegisters>();
         Consumer<Tile> consumer(shared, warpgroup, warp, lane, rank);
-        TileStore<Tile, kStoreChunk> output(shared, map_d, d, pitch_d, n, warpgroup, warp, lane);
+        TileStore<Tile, kStoreChunk> output(shared, map_d, d, pitch_d, n, warpgroup);
         float total[Tile::kWaves][kBlockN / 2];
 
         while (tiles.advance()) {

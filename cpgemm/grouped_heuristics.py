@@ -1,0 +1,71 @@
+"""Which kernel computes a grouped product.
+
+The sizes of the groups are on the device, so that little is decided here.  Kernels of the adaptive
+family choose between tall and flat tiles themselves; the host chooses the width of the flat ones,
+so that the groups' weights fill the multiprocessors evenly, and takes tall tiles with multicast
+where contiguous groups are large in the mean.  docs/performance.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+from cpgemm.config import AdaptiveKernelConfig, GroupedKernelConfig
+from cpgemm.grouped_problem import GroupedProblem
+from cpgemm.heuristics import H200, Machine, Tile, deepest
+from cpgemm.problem import OutDtype
+
+__all__ = ["choose_grouped", "grouped_configurations"]
+
+_FLAT_WIDTHS = (128, 96)
+# Rows of a contiguous group in the mean; below, the tails of pairs cost more than multicast gains.
+_LARGE_GROUP = 256
+
+
+@functools.lru_cache(maxsize=2)
+def grouped_configurations(out_dtype: OutDtype) -> tuple[GroupedKernelConfig, ...]:
+    """The finite set of grouped kernels for one output dtype, the adaptive ones first."""
+    # float32 stores make the tallest tile slow to compile.
+    tall = Tile(256 if out_dtype == "bfloat16" else 128, 128, 2)
+    adaptive = tuple(_adaptive(tall, width, out_dtype) for width in _FLAT_WIDTHS)
+    if out_dtype != "bfloat16":
+        return adaptive
+    multicast = deepest(GroupedKernelConfig, tall._replace(cluster_n=2), out_dtype)
+    return (*adaptive, replace(multicast, unroll=2))
+
+
+def _adaptive(tall: Tile, flat_n: int, out_dtype: OutDtype) -> AdaptiveKernelConfig:
+    flat = deepest(GroupedKernelConfig, Tile(64, flat_n, 1), out_dtype)
+    return AdaptiveKernelConfig(
+        **tall._asdict(),
+        stages=deepest(GroupedKernelConfig, tall, out_dtype).stages,
+        out_dtype=out_dtype,
+        unroll=1,  # no slower than 2 or 3 here, and compiled sooner
+        flat_n=flat_n,
+        flat_stages=flat.stages,
+    )
+
+
+@functools.lru_cache(maxsize=4096)  # it stands on the path of every grouped call
+def choose_grouped(problem: GroupedProblem, machine: Machine = H200) -> GroupedKernelConfig:
+    """The kernel for a grouped product of any sizes."""
+    candidates = [
+        config
+        for config in grouped_configurations(problem.out_dtype)
+        if config.why_not_layout(problem.layout, problem.n) is None
+    ]
+    if problem.layout != "masked" and problem.m >= _LARGE_GROUP * problem.groups:
+        for config in candidates:
+            if config.cluster > 1:
+                return config
+
+    def flat_columns(config: AdaptiveKernelConfig) -> int:
+        """Columns that the busiest multiprocessor takes when each group is one flat tile high."""
+        tiles = problem.groups * config.flat.column_tiles(problem.n)
+        return -(-tiles // machine.sms) * config.flat_n
+
+    return min(
+        (config for config in candidates if isinstance(config, AdaptiveKernelConfig)),
+        key=flat_columns,  # ties go to the wider tile, which reads A less often
+    )
