@@ -4,9 +4,17 @@
     b = cpgemm.quantize(w, (128, 128))      # weights: a scale per 128 x 128 block
     d = cpgemm.gemm(a, b)                   # bfloat16, a @ b.T
 
-NumPy arrays take a reference path with the same semantics and need no GPU.
+NumPy arrays take a reference path with the same semantics and need no GPU.  Arrays of torch, JAX
+and any DLPack producer are taken without a copy, and results are of their kind.
+
+Submodules: ``cpgemm.moe``, ``cpgemm.deep_gemm`` (DeepGEMM's names), ``cpgemm.dlpack``,
+``cpgemm.torch`` and ``cpgemm.jax`` (which import torch and JAX; nothing else here does).
 """
 
+import importlib as _importlib
+from types import ModuleType as _ModuleType
+
+from cpgemm.checkpoint import load_safetensors, save_safetensors
 from cpgemm.compiler import compile_count, freeze
 from cpgemm.config import KernelConfig
 from cpgemm.errors import (
@@ -50,6 +58,17 @@ __all__ = [
     "gemm_tt",
     "grouped_gemm_contiguous",
     "grouped_gemm_masked",
+    "load_safetensors",
     "plan_gemm",
     "quantize",
+    "save_safetensors",
 ]
+
+_SUBMODULES = ("deep_gemm", "dlpack", "jax", "moe", "torch")
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """Submodules are imported when they are first named."""
+    if name in _SUBMODULES:
+        return _importlib.import_module(f"cpgemm.{name}")
+    raise AttributeError(f"module 'cpgemm' has no attribute {name!r}")

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from cpgemm import env, launch
+from cpgemm import settings
 from cpgemm.compiler import load_kernel
+from cpgemm.launch import launch
 from cpgemm.render import KernelSource, render
 from cpgemm.tma import matrix_map
 
@@ -55,12 +56,16 @@ def stream(matrix: Any) -> None:
     device = matrix.device
     codes = matrix.view(np.uint8)
     rows = int(np.prod(codes.shape[:-1]))
-    prepared = launch.launch_config(
-        int(device.attributes["MultiProcessorCount"]), 32, config.shared_bytes, env.pdl()
-    )
     arguments = (
         matrix_map(codes, (config.rows, 128), 128),
         np.int32(rows),
         np.int32(codes.shape[-1]),
     )
-    launch.run(load_kernel(stream_source()), prepared, arguments)
+    launch(
+        load_kernel(stream_source()),
+        int(device.attributes["MultiProcessorCount"]),
+        32,
+        arguments,
+        shared_bytes=config.shared_bytes,
+        pdl=settings.pdl(),
+    )

@@ -3,26 +3,32 @@
     D[m, n] = cast( C[m, n] + sum over kb of  sA[m, kb] * sB[n // 128, kb]
                                               * sum over k in block kb of A[m, k] * B[n, k] )
 
-CuPy operands run one kernel on CuPy's current stream; NumPy operands take the reference path.
+Operands on a GPU run one kernel, torch's on torch's current stream and all others on CuPy's; those
+on the CPU take the reference path.  Results are of the operands' kind.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 
-from cpgemm import env, launch
-from cpgemm.compiler import LoadedKernel, load_kernel
+from cpgemm import settings
+from cpgemm.calls import ReadyCalls, signature, working_framework
+from cpgemm.compiler import load_kernel
 from cpgemm.config import KernelConfig
+from cpgemm.dlpack import Framework, as_framework, as_native, empty
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.heuristics import H200, Explanation, Machine, choose, explain
 from cpgemm.kernels import gemm_source
-from cpgemm.problem import GemmProblem, OutDtype, empty_result, infer_out_dtype
+from cpgemm.launch import PreparedLaunch
+from cpgemm.problem import OUT_DTYPES, GemmProblem, OutDtype, infer_out_dtype
 from cpgemm.reference import gemm_reference
 from cpgemm.render import KernelSource
 from cpgemm.scaled import BLOCK, ScaledTensor, is_cupy, pointer, require_scaled
+from cpgemm.streams import working_stream
 from cpgemm.tma import matrix_map, row_pitch, tensor_map
 
 __all__ = ["GemmPlan", "gemm", "gemm_nn", "gemm_nt", "gemm_tn", "gemm_tt", "plan_gemm"]
@@ -31,9 +37,9 @@ __all__ = ["GemmPlan", "gemm", "gemm_nn", "gemm_nt", "gemm_tn", "gemm_tt", "plan
 class GemmPlan:
     """A prepared product of one size: problem, kernel, launch configuration.
 
-    ``plan(a, b, out, c)`` checks the operands, launches on CuPy's current stream and returns
-    ``out``.  The kernel is compiled (or found in the cache) and loaded at the first call on each
-    device.  ``plan.config``, ``plan.source`` and ``plan.explain()`` need no GPU.
+    ``plan(a, b, out, c)`` checks the operands, launches as ``gemm`` does and returns ``out``.  The
+    kernel is compiled (or found in the cache) and loaded at the first call on each device.
+    ``plan.config``, ``plan.source`` and ``plan.explain()`` need no GPU.
     """
 
     def __init__(self, problem: GemmProblem, config: KernelConfig, machine: Machine) -> None:
@@ -43,7 +49,7 @@ class GemmPlan:
         self.problem = problem
         self.config = config
         self.machine = machine
-        self._kernels: dict[int, LoadedKernel] = {}
+        self._ready = ReadyCalls()
 
     @property
     def source(self) -> KernelSource:
@@ -59,7 +65,19 @@ class GemmPlan:
 
     def __call__(self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any = None) -> Any:
         """Compute ``out = c + a @ b.T``; raises what ``gemm`` raises, and for another problem."""
-        problem = GemmProblem.of(a, b, out, c, self.problem.out_dtype)
+        key = _key(a, b, out, c)
+        launch = self._ready.get(key)
+        if launch is None:
+            launch = self._check(a, b, out, c)
+            if key is not None:
+                self._ready.put(key, launch)
+        launch()
+        return out
+
+    def _check(self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any) -> PreparedLaunch:
+        native_out = None if out is None else as_native("out", out, writable=True)
+        native_c = None if c is None else as_native("c", c)
+        problem = GemmProblem.of(a, b, native_out, native_c, self.problem.out_dtype)
         if problem != self.problem:
             reject(
                 "a, b, c", f"must pose the planned {self.problem}", problem, "Make another plan."
@@ -67,31 +85,30 @@ class GemmPlan:
         if not is_cupy(a.data):
             reject(
                 "a",
-                "must hold CuPy arrays: a plan launches a kernel",
-                "NumPy arrays",
+                "must be on a GPU: a plan launches a kernel",
+                "arrays of the CPU",
                 "Call cpgemm.gemm for the reference path.",
                 kind=ArgumentTypeError,
             )
         if out is None:
             reject("out", "must be given to a plan", None, "Allocate it, or call cpgemm.gemm.")
         with a.data.device:
-            self.launch(a, b, out, c)
-        return out
+            return self.prepare(a, b, native_out, native_c, working_framework(a, b, out, c))
 
-    def launch(self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any) -> None:
-        """Launch on operands that obey every rule and lie on CuPy's current device."""
-        device = a.data.device.id
-        kernel = self._kernels.get(device)
-        if kernel is None:
-            kernel = self._kernels[device] = load_kernel(self.source)
-        config, p = self.config, self.problem
-        launch_config = launch.launch_config(
-            config.blocks(config.tiles(p), self.machine.sms),
+    def prepare(
+        self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any, framework: Framework
+    ) -> PreparedLaunch:
+        """The launch on operands that obey every rule and lie on CuPy's current device."""
+        config = self.config
+        return PreparedLaunch(
+            load_kernel(self.source),
+            config.blocks(config.tiles(self.problem), self.machine.sms),
             config.threads,
-            config.shared_bytes,
-            env.pdl(),
+            self._arguments(a, b, out, c),
+            shared_bytes=config.shared_bytes,
+            pdl=settings.pdl(),
+            framework=framework,
         )
-        launch.run(kernel, launch_config, self._arguments(a, b, out, c))
 
     def _arguments(self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any) -> tuple[Any, ...]:
         """The kernel's parameters in their order, in the units of its signature."""
@@ -100,9 +117,7 @@ class GemmPlan:
         map_a = matrix_map(a.data, (rows // config.cluster_n, BLOCK), 128)
         map_b = matrix_map(b.data, (config.block_n // config.cluster_m, BLOCK), 128)
         scale_pitch = 4 * a.scales_pitch
-        map_scale_a = tensor_map(
-            pointer(a.scales), p.k_blocks, p.m, scale_pitch, 4, (1, rows), 0, a.data.device.id
-        )
+        map_scale_a = tensor_map(pointer(a.scales), p.k_blocks, p.m, scale_pitch, 4, (1, rows), 0)
         # The float32 kernels store from registers and never look at their map of D.
         map_d = (
             matrix_map(out, config.store_box, config.store_box[1] * 2) if config.staged else map_a
@@ -166,33 +181,92 @@ def gemm(
     """D = C + A @ B.T from block-scaled e4m3 operands.
 
     a: ScaledTensor (M, K), granularity (1, 128).  b: ScaledTensor (N, K), granularity (128, 128).
-    out, c: (M, N) of ``out_dtype``, rows contiguous, row pitch and address multiples of 16 bytes;
-    ``c`` may be ``out`` itself.  ``out_dtype``: "bfloat16" or "float32"; by default the dtype of
-    ``out``, else of ``c``, else bfloat16.  K is a multiple of 16, N of 8, M anything; empty sizes
-    do what linear algebra says (K = 0 gives C or zeros).
+    out, c: (M, N) of ``out_dtype``, of any library, where ``a`` is, rows contiguous, row pitch and
+    address multiples of 16 bytes; ``c`` may be ``out`` itself.  ``out_dtype``: "bfloat16" or
+    "float32"; by default the dtype of ``out``, else of ``c``, else bfloat16.  K is a multiple of
+    16, N of 8, M anything; empty sizes do what linear algebra says (K = 0 gives C or zeros).
 
-    CuPy operands: one kernel on CuPy's current stream, nothing allocated but ``out``.  NumPy
-    operands: the reference path with the same semantics.  Returns ``out``.
+    On a GPU: one kernel, nothing allocated but ``out``, on torch's current stream when one of the
+    arrays is torch's, otherwise on CuPy's.  On the CPU: the reference path with the same semantics.
+    Returns ``out``, or an array of a's kind.
 
     Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError`` before anything is launched
     or written, ``CompileError`` when a kernel does not build.
     """
-    problem = GemmProblem.of(a, b, out, c, infer_out_dtype(out_dtype, out, c))
+    if out_dtype is None:
+        if out is None:
+            out = _room(a, b, c)
+        key = _key(a, b, out, c)
+        launch = _ready.get(key)
+        if launch is not None:
+            launch()
+            return out
+        return _checked(a, b, out, c, None, key)
+    return _checked(a, b, out, c, out_dtype, None)
+
+
+_ready = ReadyCalls()
+_results: dict[Hashable, tuple[tuple[int, int], Any]] = {}  # shape and dtype by operands
+
+
+def _key(a: Any, b: Any, out: Any, c: Any) -> Hashable:
+    """What a launch depends on; None when it is not to be remembered."""
+    signed = signature(out)
+    if signed is None:
+        return None
+    if c is None:
+        return signature(a), signature(b), signed
+    read = signature(c)
+    return None if read is None else (signature(a), signature(b), signed, read)
+
+
+def _room(a: Any, b: Any, c: Any) -> Any:
+    """Room for the result of operands that were multiplied before; None for new ones."""
+    made = _results.get((signature(a), signature(b), c is not None and signature(c)))
+    if made is None:
+        return None
+    return empty(a.framework, *made, a.data)
+
+
+def ready_gemm(a: ScaledTensor, b: ScaledTensor, out: Any, c: Any) -> PreparedLaunch | None:
+    """The launch of an earlier ``gemm`` on these very operands, if it is still known."""
+    return _ready.get(_key(a, b, out, c))
+
+
+def _checked(a: Any, b: Any, out: Any, c: Any, out_dtype: Any, key: Hashable) -> Any:
+    """A call that was not made before: every rule is checked."""
+    native_out: Any = None if out is None else as_native("out", out, writable=True)
+    native_c: Any = None if c is None else as_native("c", c)
+    dtype = infer_out_dtype(out_dtype, native_out, native_c)
+    problem = GemmProblem.of(a, b, native_out, native_c, dtype)
     if not is_cupy(a.data):
-        result = gemm_reference(a, b, c=c, out_dtype=problem.out_dtype)
+        result = gemm_reference(a, b, c=native_c, out_dtype=problem.out_dtype)
         if out is None:
-            return result
-        out[...] = result
+            return as_framework(a.framework, result)
+        native_out[...] = result
         return out
-    with a.data.device:
-        if out is None:
-            out = empty_result((problem.m, problem.n), problem.out_dtype)
-        if problem.k == 0 and out.size:
-            _fill(out, c)
-        elif out.size:
-            device = a.data.device.id
-            _plan(problem, None, Machine.of_device(device)).launch(a, b, out, c)
-    return out
+    framework = working_framework(a, b, out, c)
+    with working_stream(framework, a.data.data.device_id):
+        made = out is None
+        if made:
+            shape, kind = (problem.m, problem.n), OUT_DTYPES[dtype]
+            out = empty(a.framework, shape, kind, a.data)
+            native_out = as_native("out", out)
+            read = c is not None and signature(c)
+            if out_dtype is None and a.framework in ("cupy", "torch") and read is not None:
+                if len(_results) > 4096:
+                    _results.clear()
+                _results[signature(a), signature(b), read] = shape, kind
+        if problem.k == 0 and native_out.size:
+            _fill(native_out, native_c)
+        elif native_out.size:
+            plan = _plan(problem, None, Machine.of_device(a.data.data.device_id))
+            launch = plan.prepare(a, b, native_out, native_c, framework)
+            if key is not None:
+                _ready.put(key, launch)
+            launch()
+        # torch's result is a tensor already; JAX's was CuPy's until it was complete.
+        return as_framework("jax", native_out) if made and a.framework == "jax" else out
 
 
 def _fill(out: Any, c: Any) -> None:

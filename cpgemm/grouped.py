@@ -3,28 +3,33 @@
     out[rows of g] = a[rows of g] @ b[g].T
 
 The sizes of the groups are data on the device: no call reads them on the host or waits, so that
-calls can be captured in a CUDA graph and replayed with other sizes.  CuPy operands run one kernel
-on CuPy's current stream; NumPy operands take the reference path.
+calls can be captured in a CUDA graph and replayed with other sizes.  Streams, kinds of arrays and
+the CPU are as in ``gemm``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 
-from cpgemm import env, launch
+from cpgemm import env, settings
+from cpgemm.calls import ReadyCalls, signature, working_framework
 from cpgemm.compiler import load_kernel
 from cpgemm.config import AdaptiveKernelConfig, GroupedKernelConfig
+from cpgemm.dlpack import Framework, as_framework, as_native, empty
 from cpgemm.errors import reject
-from cpgemm.group_index import GROUP_LAYOUTS, select_layout
+from cpgemm.group_index import GROUP_LAYOUTS, index_name, select_layout
 from cpgemm.grouped_heuristics import choose_grouped
-from cpgemm.grouped_problem import GroupedProblem, contiguous_alignment
+from cpgemm.grouped_problem import GroupedProblem, check_expected_m, contiguous_alignment
 from cpgemm.grouped_reference import grouped_reference
 from cpgemm.heuristics import Machine
 from cpgemm.kernels import gemm_source
-from cpgemm.problem import empty_result, infer_out_dtype
+from cpgemm.launch import PreparedLaunch
+from cpgemm.problem import OUT_DTYPES, infer_out_dtype
 from cpgemm.scaled import BLOCK, ScaledTensor, is_cupy, pointer
+from cpgemm.streams import working_stream
 from cpgemm.tma import matrix_map, row_pitch, tensor_map
 
 __all__ = ["contiguous_alignment", "grouped_gemm_contiguous", "grouped_gemm_masked"]
@@ -52,7 +57,7 @@ def grouped_gemm_contiguous(
     a: ScaledTensor (M_total, K), granularity (1, 128).  b: ScaledTensor (groups, N, K), granularity
     (128, 128), 1024 groups at most.  out: (M_total, N), bfloat16 or float32 (``out_dtype``, by
     default that of ``out``, else bfloat16).  K is a multiple of 16 and not 0, N a multiple of 8.
-    Exactly one int32 array, where ``a`` is, says which rows belong to which group:
+    Exactly one int32 array of any library, where ``a`` is, says which rows belong to which group:
 
     - ``offsets`` (groups + 1,): group g has rows offsets[g] to offsets[g + 1]; any sizes, 0 too,
       and no padding between them;
@@ -65,7 +70,7 @@ def grouped_gemm_contiguous(
     hold, NaN included; their rows of ``out`` stay as they are, or become zero with
     ``fill_padding``.  When ``out`` is made here, they hold anything without it.
 
-    One launch on CuPy's current stream; sizes are read on the device.  For sizes that break the
+    One launch; sizes are read on the device.  For sizes that break the
     rules nothing outside ``out`` is written: ranges are clamped to the rows there are, reversed
     ones are empty, an aligned block whose first index names no group is padding.
     ``CPGEMM_CHECK=1`` checks them first, and waits for the stream; NumPy arrays are always checked.
@@ -73,18 +78,25 @@ def grouped_gemm_contiguous(
     Returns ``out``.  Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError`` before
     anything is launched or written.
     """
+    layout, index = select_layout(m_indices=m_indices, offsets=offsets, ends=ends)
+    key = None if out_dtype is not None else _key(a, b, out, index, layout, fill_padding)
+    launch = _ready.get(key)
+    if launch is not None and not env.check():
+        launch()
+        return out
+    native_out = None if out is None else as_native("out", out, writable=True)
+    native_index = as_native(index_name(layout), index)
+    arrays: dict[str, Any] = dict.fromkeys(("m_indices", "offsets", "ends"))
     problem = GroupedProblem.of_contiguous(
         a,
         b,
-        out,
-        m_indices=m_indices,
-        offsets=offsets,
-        ends=ends,
-        out_dtype=infer_out_dtype(out_dtype, out),
+        native_out,
+        **{**arrays, layout: native_index},
+        out_dtype=infer_out_dtype(out_dtype, native_out),
         fill_padding=fill_padding,
     )
-    _, index = select_layout(m_indices=m_indices, offsets=offsets, ends=ends)
-    return _run(problem, a, b, out, index)
+    framework = working_framework(a, b, out, index)
+    return _run(problem, a, b, out, native_out, native_index, framework, key)
 
 
 def grouped_gemm_masked(
@@ -106,21 +118,46 @@ def grouped_gemm_masked(
     ``expected_m``, about how many rows a group has, is DeepGEMM's hint; it is checked but not
     needed: the kernel looks at the counts and chooses its tiles itself.
 
-    One launch on CuPy's current stream; counts are read on the device.  Counts below 0 are taken as
+    One launch; counts are read on the device.  Counts below 0 are taken as
     0, counts above M_max as M_max; ``CPGEMM_CHECK=1`` checks them first, and waits for the stream.
 
     Returns ``out``.  Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError`` before
     anything is launched or written.
     """
+    key = None if out_dtype is not None else _key(a, b, out, masked_m, "masked", False)
+    launch = _ready.get(key)
+    if launch is not None and not env.check():
+        check_expected_m(expected_m)
+        launch()
+        return out
+    native_out = None if out is None else as_native("out", out, writable=True)
+    native_index = as_native("masked_m", masked_m)
     problem = GroupedProblem.of_masked(
         a,
         b,
-        out,
-        masked_m=masked_m,
+        native_out,
+        masked_m=native_index,
         expected_m=expected_m,
-        out_dtype=infer_out_dtype(out_dtype, out),
+        out_dtype=infer_out_dtype(out_dtype, native_out),
     )
-    return _run(problem, a, b, out, masked_m)
+    framework = working_framework(a, b, out, masked_m)
+    return _run(problem, a, b, out, native_out, native_index, framework, key)
+
+
+_ready = ReadyCalls()
+
+
+def _key(a: Any, b: Any, out: Any, index: Any, layout: str, fill: bool) -> Hashable:
+    """What a launch depends on; None when it is not to be remembered."""
+    key = signature(a), signature(b), signature(out), signature(index), layout, fill
+    return None if None in key else key
+
+
+def ready_grouped(
+    a: ScaledTensor, b: ScaledTensor, out: Any, index: Any, layout: str, fill_padding: bool = False
+) -> PreparedLaunch | None:
+    """The launch of an earlier call on these very operands, if it is still known."""
+    return _ready.get(_key(a, b, out, index, layout, fill_padding))
 
 
 def _run(
@@ -128,46 +165,61 @@ def _run(
     a: ScaledTensor,
     b: ScaledTensor,
     out: Any,
+    native_out: Any,
     index: Any,
+    framework: Framework,
+    key: Hashable,
 ) -> Any:
+    """Compute on operands that obey every rule; ``native_out`` and ``index`` are as_native's."""
     if not is_cupy(a.data):
-        return grouped_reference(problem, a, b, out, index)
-    with a.data.device:
-        if out is None:
-            out = empty_result(problem.shape, problem.out_dtype)
-        if out.size:
-            machine = Machine.of_device(a.data.device.id)
-            config = choose_grouped(problem, machine)
-            launch_grouped(problem, config, a, b, out, index)
-    return out
+        result = grouped_reference(problem, a, b, native_out, index)
+        return as_framework(a.framework, result) if out is None else out
+    device = a.data.data.device_id
+    with working_stream(framework, device):
+        made = out is None
+        if made:
+            out = empty(a.framework, problem.shape, OUT_DTYPES[problem.out_dtype], a.data)
+            native_out = as_native("out", out)
+        if native_out.size:
+            config = choose_grouped(problem, Machine.of_device(device))
+            launch = prepare_grouped(problem, config, a, b, native_out, index, framework=framework)
+            if key is not None:
+                _ready.put(key, launch)
+            launch()
+        return as_framework("jax", native_out) if made and a.framework == "jax" else out
 
 
-def launch_grouped(
+def prepare_grouped(
     problem: GroupedProblem,
     config: GroupedKernelConfig,
     a: ScaledTensor,
     b: ScaledTensor,
     out: Any,
     index: Any,
+    *,
     form: int | None = None,
-) -> None:
-    """Launch a chosen kernel on operands that obey every rule and lie on CuPy's current device.
+    framework: Framework = "cupy",
+) -> PreparedLaunch:
+    """The launch on operands that obey every rule and lie on CuPy's current device.
 
     ``form`` makes an adaptive kernel take ``TALL`` or ``FLAT`` tiles whatever the sizes.
     """
     refusal = config.why_not_layout(problem.layout, problem.n)
     if refusal:
         reject("config", f"must suit {problem}", f"{config.name}: {refusal}", "Leave it out.")
-    source = gemm_source(config)
     # No more blocks than tiles when every group ends in a short one, whichever form is taken.
     least = config.flat if isinstance(config, AdaptiveKernelConfig) else config
     row_tiles = -(-problem.rows // least.block_m) + problem.groups
     tiles = row_tiles * least.column_tiles(problem.n)
-    sms = Machine.of_device(a.data.device.id).sms
-    prepared = launch.launch_config(
-        config.blocks(tiles, sms), config.threads, config.shared_bytes, env.pdl()
+    return PreparedLaunch(
+        load_kernel(gemm_source(config)),
+        config.blocks(tiles, Machine.of_device(a.data.data.device_id).sms),
+        config.threads,
+        _arguments(problem, config, a, b, out, index, form),
+        shared_bytes=config.shared_bytes,
+        pdl=settings.pdl(),
+        framework=framework,
     )
-    launch.run(load_kernel(source), prepared, _arguments(problem, config, a, b, out, index, form))
 
 
 def _arguments(
@@ -183,7 +235,7 @@ def _arguments(
     groups = problem.groups if problem.layout == "masked" else 1
     map_scale_a = tensor_map(
         pointer(a.scales), groups * problem.k_blocks, problem.m, 4 * a.scales_pitch, 4,
-        (1, config.scale_box), 0, a.data.device.id,
+        (1, config.scale_box), 0,
     )  # fmt: skip
     map_a = matrix_map(a.data, (config.row_box // config.cluster_n, BLOCK), 128)
     map_few = matrix_map(a.data, (config.few_box // config.cluster_n, BLOCK), 128)

@@ -53,7 +53,8 @@ def choose_grouped(problem: GroupedProblem, machine: Machine = H200) -> GroupedK
     candidates = [
         config
         for config in grouped_configurations(problem.out_dtype)
-        if config.why_not_layout(problem.layout, problem.n) is None
+        if config.cluster <= machine.sms
+        and config.why_not_layout(problem.layout, problem.n) is None
     ]
     if problem.layout != "masked" and problem.m >= _LARGE_GROUP * problem.groups:
         for config in candidates:

@@ -36,7 +36,7 @@ from cpgemm.problem import (
 )
 from cpgemm.scaled import BLOCK, Array, ScaledTensor, is_array, is_cupy
 
-__all__ = ["MAX_GROUPS", "GroupedProblem", "contiguous_alignment"]
+__all__ = ["MAX_GROUPS", "GroupedProblem", "check_expected_m", "contiguous_alignment"]
 
 MAX_GROUPS = 1024  # the kernels keep a table of them in shared memory
 
@@ -198,7 +198,7 @@ class GroupedProblem:
         allowed.
         Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError``.
         """
-        _check_expected_m(expected_m)
+        check_expected_m(expected_m)
         dtype = normalize_out_dtype(out_dtype)
         check_operand("a", a, (1, BLOCK), ndim=3)
         _check_b(a, b)
@@ -291,7 +291,8 @@ def _check_common(
     check_contents(problem.layout, problem.groups, problem.m, index)
 
 
-def _check_expected_m(expected_m: object) -> None:
+def check_expected_m(expected_m: object) -> None:
+    """The hint: None, or an integer of the host that is not negative."""
     if expected_m is None:
         return
     if isinstance(expected_m, bool) or not isinstance(expected_m, (int, np.integer)):

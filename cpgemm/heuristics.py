@@ -25,6 +25,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+from cpgemm import settings
 from cpgemm.config import SHARED_LIMIT, KernelConfig
 from cpgemm.errors import reject
 from cpgemm.problem import GemmProblem, OutDtype
@@ -104,8 +105,9 @@ class Machine:
 
     @classmethod
     def of_device(cls, device: int) -> Machine:
-        """Scale the H200's figures by what CuPy says of ``device``."""
-        return _machine_of_device(device)
+        """Scale the H200's figures by what CuPy says of ``device``; ``settings.sms`` limits it."""
+        machine, limit = _machine_of_device(device), settings.sms()
+        return machine if limit is None else replace(machine, sms=min(limit, machine.sms))
 
 
 H200 = Machine("NVIDIA H200", sms=132, clock_ghz=1.9, dram_tbs=4.3, l2_tbs=13.75)
@@ -265,7 +267,11 @@ def _explain(problem: GemmProblem, machine: Machine) -> Explanation:
             "An empty product launches no kernel.",
         )
     candidates = sorted(
-        (_predict(problem, config, machine) for config in configurations(problem.out_dtype)),
+        (
+            _predict(problem, config, machine)
+            for config in configurations(problem.out_dtype)
+            if config.cluster <= machine.sms
+        ),
         key=lambda candidate: candidate.predicted_us,  # stable: ties go to the earlier tile
     )
     floor_us = max(

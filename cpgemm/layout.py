@@ -171,11 +171,9 @@ def is_k_contiguous(data: Array) -> bool:
     return _groups_apart(data, last_row + columns * item)
 
 
-def relaid(scales: Array, granularity: Granularity) -> Array:
-    """A copy of ``scales`` in the layout that ``granularity`` asks for."""
+def relaid(scales: Array, granularity: Granularity, xp: Any) -> Array:
+    """A copy of ``scales`` in the layout that ``granularity`` asks for, in memory of ``xp``."""
     groups = scales.shape[0] if scales.ndim == 3 else None
-    copy = empty_scales(
-        scales.shape[-2], scales.shape[-1], granularity, array_module(scales), groups=groups
-    )
+    copy = empty_scales(scales.shape[-2], scales.shape[-1], granularity, xp, groups=groups)
     copy[...] = scales
     return copy

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cpgemm.bridged import bridged
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.moe_kernels import (
     FLOAT_DTYPES,
@@ -85,6 +86,7 @@ _POWER = tuple(
 # ------------------------------------------------------------------------------------ public face
 
 
+@bridged
 def gather(x: ScaledTensor, routing: Routing, *, out: ScaledTensor | None = None) -> ScaledTensor:
     """Rows of quantised tokens in sorted order: codes and scales.
 
@@ -117,6 +119,7 @@ def gather(x: ScaledTensor, routing: Routing, *, out: ScaledTensor | None = None
     return result
 
 
+@bridged
 def gather_quantized(
     x: Array,
     routing: Routing,
@@ -151,6 +154,7 @@ def gather_quantized(
     return quantize(values, scale_format=scale_format, out=out)
 
 
+@bridged
 def swiglu_quantize(
     h: Array,
     *,
@@ -197,6 +201,7 @@ def swiglu_quantize(
     return result
 
 
+@bridged
 def scatter_combine(
     y: Array, routing: Routing, weights: Array, *, out: Array | None = None
 ) -> Array:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cpgemm.bridged import bridged
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.moe_kernels import MAX_GROUPS, launch_offsets, launch_route
 from cpgemm.moe_rules import (
@@ -158,6 +159,7 @@ def routed_rows(tokens: int, top_k: int, groups: int, *, alignment: int = 1) -> 
     return rows
 
 
+@bridged
 def offsets_from_counts(counts: Array, *, alignment: int = 1, out: Array | None = None) -> Array:
     """Where groups start: exclusive sums of ``counts``, each rounded up to ``alignment``.
 
@@ -205,6 +207,7 @@ def offsets_from_counts(counts: Array, *, alignment: int = 1, out: Array | None 
     return out
 
 
+@bridged
 def route(
     expert_ids: Array,
     groups: int,

@@ -34,7 +34,6 @@ __all__ = [
     "check_matrix",
     "check_no_overlap",
     "check_operand",
-    "empty_result",
     "infer_out_dtype",
     "normalize_out_dtype",
 ]
@@ -80,15 +79,6 @@ def infer_out_dtype(out_dtype: object, *arrays: Any) -> OutDtype:
         if is_array(array) and array.dtype in OUT_DTYPES.values():
             return normalize_out_dtype(array.dtype)
     return "bfloat16"
-
-
-def empty_result(shape: tuple[int, ...], out_dtype: OutDtype) -> Any:
-    """Uninitialised CuPy array for a result, on the current device."""
-    import cupy
-
-    dtype = OUT_DTYPES[out_dtype]
-    bits = np.uint16 if dtype.itemsize == 2 else np.uint32  # CuPy allocates no bfloat16 by itself
-    return cupy.empty(shape, dtype=bits).view(dtype)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cpgemm.calls import ReadyCalls, signature
+from cpgemm.dlpack import Framework, as_native, framework_of
 from cpgemm.errors import ArgumentTypeError, reject
+from cpgemm.launch import PreparedLaunch
 from cpgemm.quantize_kernels import INPUT_DTYPES, MAX_GRID_YZ, QuantizeConfig, quantize_sources
 from cpgemm.scaled import (
     BLOCK,
@@ -37,12 +40,12 @@ from cpgemm.scaled import (
     device_of,
     empty_codes,
     empty_scales,
-    is_array,
     is_cupy,
     pointer,
     require_scaled,
     scale_shape,
 )
+from cpgemm.streams import allocator, working_stream
 
 if TYPE_CHECKING:
     from cpgemm.render import KernelSource
@@ -70,11 +73,13 @@ def quantize(
 ) -> ScaledTensor:
     """Quantise ``x`` with the rule of this module.
 
-    ``x``: float32, float16 or bfloat16, NumPy or CuPy, shape (R, K) or (G, R, K), rows contiguous
-    (they may be padded), K a multiple of 16, not necessarily of 128.  ``granularity`` (1, 128) or
-    (128, 128); (128, 1) quantises columns: R must be a multiple of 16 then, and the result is
-    the transpose of a quantised transpose, for which ``x`` is copied unless its columns are
-    contiguous.  A CuPy array is quantised by one launch on CuPy's current stream.
+    ``x``: float32, float16 or bfloat16, an array of NumPy, CuPy, torch, JAX or any DLPack producer,
+    shape (R, K) or (G, R, K), rows contiguous (they may be padded), K a multiple of 16, not
+    necessarily of 128.  ``granularity`` (1, 128) or (128, 128); (128, 1) quantises columns: R must
+    be a multiple of 16 then, and the result is the transpose of a quantised transpose, for which
+    ``x`` is copied unless its columns are contiguous.  On a GPU one launch does it, for torch's
+    arrays on torch's current stream and into torch's memory, for all others on CuPy's and into
+    CuPy's.
 
     Returns a ``ScaledTensor`` where ``x`` is; only its data and scales are allocated.  With
     ``out``, a tensor of the same shape, granularity and format, nothing is; ``out`` is filled and
@@ -83,6 +88,21 @@ def quantize(
     Raises ``ArgumentError`` or ``ArgumentTypeError`` for what breaks a rule, before anything is
     written, and ``DeviceError`` for a GPU other than Hopper.
     """
+    framework = framework_of(x) or "dlpack"  # as_native refuses what has none
+    x = as_native("x", x)
+    if framework in ("numpy", "cupy") or not is_cupy(x):
+        return _quantize(x, granularity, scale_format, out, framework)
+    with working_stream(framework, x.data.device_id):
+        return _quantize(x, granularity, scale_format, out, framework)
+
+
+def _quantize(
+    x: Array,
+    granularity: Granularity,
+    scale_format: ScaleFormat,
+    out: ScaledTensor | None,
+    framework: Framework,
+) -> ScaledTensor:
     pair = check_granularity(granularity)
     check_scale_format(scale_format)
     _check_type(x)
@@ -91,16 +111,15 @@ def quantize(
         if out is not None:
             _check_out(x, out, pair, scale_format)
         turned = _with_contiguous_rows(x.swapaxes(-1, -2))
-        return quantize(
-            turned, (1, BLOCK), scale_format=scale_format, out=None if out is None else out.T
-        ).T
+        turned_out = None if out is None else out.T
+        return _quantize(turned, (1, BLOCK), scale_format, turned_out, framework).T
     _check_block_axis(x.shape[-1])
     _check_rows(x)
     if out is not None:
         _check_out(x, out, pair, scale_format)
     if is_cupy(x):
-        return _quantize_on_device(x, pair, scale_format, out)
-    result = out if out is not None else _allocate(x, pair, scale_format)
+        return _quantize_on_device(x, pair, scale_format, out, framework)
+    result = out if out is not None else _allocate(x, pair, scale_format, framework)
     for group in np.ndindex(*x.shape[:-2]):
         _quantize_on_host(x[group], result.data[group], result.scales[group], pair, scale_format)
     return result
@@ -184,45 +203,66 @@ def _scales_of(amax: Array, scale_format: str) -> tuple[Array, Array]:
 
 
 def _quantize_on_device(
-    x: Array, granularity: Granularity, scale_format: ScaleFormat, out: ScaledTensor | None
+    x: Array,
+    granularity: Granularity,
+    scale_format: ScaleFormat,
+    out: ScaledTensor | None,
+    framework: Framework,
 ) -> ScaledTensor:
     _check_device_layout("x", x)
     if out is not None:
         _check_device_layout("out", out.data)
     if x.size == 0:
-        return out if out is not None else _allocate(x, granularity, scale_format)
+        return out if out is not None else _allocate(x, granularity, scale_format, framework)
+    with x.device:
+        result = out if out is not None else _allocate(x, granularity, scale_format, framework)
+        key = signature(x), result.signature, scale_format
+        launch = _ready.get(key)
+        if launch is None:
+            launch = _prepared(x, granularity, scale_format, result, framework)
+            _ready.put(key, launch)
+        launch()
+    return result
+
+
+_ready = ReadyCalls()
+
+
+def _prepared(
+    x: Array,
+    granularity: Granularity,
+    scale_format: ScaleFormat,
+    result: ScaledTensor,
+    framework: Framework,
+) -> PreparedLaunch:
     from cpgemm.compiler import load_kernel
-    from cpgemm.launch import launch
 
     dtype = next(name for name, kind in INPUT_DTYPES.items() if x.dtype == kind)
     config = QuantizeConfig(granularity, dtype, scale_format)
-    with x.device:
-        kernel = load_kernel(_source(config))
-        result = out if out is not None else _allocate(x, granularity, scale_format)
-        groups = x.shape[0] if x.ndim == 3 else 1
-        rows, columns = x.shape[-2:]
-        scales = result.scales
-        # What a kernel steps through the scales with: k-blocks or rows of blocks, then groups.
-        scale_step = scales.strides[-2 if config.by_blocks else -1] // 4
-        launch(
-            kernel,
-            grid=config.grid(groups, rows, columns),
-            block=config.threads,
-            args=[
-                np.uint64(pointer(x)),
-                np.uint64(pointer(result.data)),
-                np.uint64(pointer(scales)),
-                np.int32(rows),
-                np.int32(columns),
-                np.int64(x.strides[-2]),
-                np.int64(_group_stride(x)),
-                np.int64(result.data.strides[-2]),
-                np.int64(_group_stride(result.data)),
-                np.int64(scale_step),
-                np.int64(_group_stride(scales) // 4),
-            ],
-        )
-    return result
+    groups = x.shape[0] if x.ndim == 3 else 1
+    rows, columns = x.shape[-2:]
+    scales = result.scales
+    # What a kernel steps through the scales with: k-blocks or rows of blocks, then groups.
+    scale_step = scales.strides[-2 if config.by_blocks else -1] // 4
+    return PreparedLaunch(
+        load_kernel(_source(config)),
+        config.grid(groups, rows, columns),
+        config.threads,
+        [
+            np.uint64(pointer(x)),
+            np.uint64(pointer(result.data)),
+            np.uint64(pointer(scales)),
+            np.int32(rows),
+            np.int32(columns),
+            np.int64(x.strides[-2]),
+            np.int64(_group_stride(x)),
+            np.int64(result.data.strides[-2]),
+            np.int64(_group_stride(result.data)),
+            np.int64(scale_step),
+            np.int64(_group_stride(scales) // 4),
+        ],
+        framework="torch" if framework == "torch" else "cupy",
+    )
 
 
 @functools.cache
@@ -238,12 +278,15 @@ def _group_stride(array: Array) -> int:
 # ------------------------------------------------------------------------------------- both paths
 
 
-def _allocate(x: Array, granularity: Granularity, scale_format: ScaleFormat) -> ScaledTensor:
-    xp = array_module(x)
+def _allocate(
+    x: Array, granularity: Granularity, scale_format: ScaleFormat, framework: Framework
+) -> ScaledTensor:
+    memory = allocator(framework, x)
     rows, kblocks = scale_shape(x.shape, granularity)[-2:]
     groups = x.shape[0] if x.ndim == 3 else None
-    scales = empty_scales(rows, kblocks, granularity, xp, groups=groups)
-    return ScaledTensor(empty_codes(x.shape, xp), scales, granularity, scale_format)
+    scales = empty_scales(rows, kblocks, granularity, memory, groups=groups)
+    codes = empty_codes(x.shape, memory)
+    return ScaledTensor.of_checked(codes, scales, granularity, scale_format, framework)
 
 
 def _with_contiguous_rows(x: Array) -> Array:
@@ -256,14 +299,6 @@ def _with_contiguous_rows(x: Array) -> Array:
 
 
 def _check_type(x: Array) -> None:
-    if not is_array(x):
-        reject(
-            "x",
-            "must be a NumPy or a CuPy array",
-            type(x).__qualname__,
-            "Convert it, for example with numpy.asarray or cupy.from_dlpack.",
-            kind=ArgumentTypeError,
-        )
     if x.dtype not in INPUT_DTYPES.values():
         reject(
             "x",

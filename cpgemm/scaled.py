@@ -14,18 +14,25 @@ granularity     logical shape of the scales     memory layout of the scales
 ``(128, 1)``    ``(..., ceil(R/128), K)``       the transpose of ``(1, 128)``
 ==============  ==============================  ===================================================
 
+Arrays are NumPy's or CuPy's inside; ``from_arrays`` takes those of torch, JAX and any DLPack
+producer too and remembers whose they were, so that results can be of the same kind.
+
 Nothing here launches a kernel of ours, and nothing looks at values on a device: all checks are
 about types, shapes and strides.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from cpgemm.dlpack import Framework, as_framework, as_native, framework_of, to_jax, to_torch
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.layout import (
     ALIGNMENT,
@@ -52,6 +59,13 @@ from cpgemm.layout import (
     scale_shape,
     scales_in_layout,
 )
+from cpgemm.scaled_rules import (
+    check_data,
+    check_granularity,
+    check_scale_format,
+    check_scales,
+)
+from cpgemm.streams import allocator, working_stream
 
 __all__ = [
     "BLOCK",
@@ -84,105 +98,6 @@ _DEQUANTIZED = tuple(
 _CHUNK = 1 << 18  # elements that dequantize works on at a time, so that temporaries stay in cache
 
 
-# ---------------------------------------------------------------------------------- validation
-
-
-def check_granularity(granularity: object) -> Granularity:
-    """The pair as a tuple of ints; ``ArgumentError`` unless it is one of ``GRANULARITIES``."""
-    pair = tuple(granularity) if isinstance(granularity, (tuple, list)) else granularity
-    if pair not in GRANULARITIES:
-        reject(
-            "granularity",
-            "must be (1, 128), (128, 128) or (128, 1)",
-            repr(granularity),
-            "Give the rows and columns that share one scale.",
-        )
-    return (int(pair[0]), int(pair[1]))
-
-
-def check_scale_format(scale_format: object) -> None:
-    """``ArgumentError`` unless the format is one of ``SCALE_FORMATS``."""
-    if scale_format not in SCALE_FORMATS:
-        reject(
-            "scale_format",
-            "must be 'float32' or 'pow2'",
-            repr(scale_format),
-            "Say 'float32' for scales that may be any float32 number.",
-        )
-
-
-def _check_data(data: Array) -> None:
-    if not is_array(data):
-        reject(
-            "data",
-            "must be a NumPy or a CuPy array",
-            type(data).__qualname__,
-            "Convert it, for example with numpy.asarray or cupy.from_dlpack.",
-            kind=ArgumentTypeError,
-        )
-    if data.dtype != FP8:
-        reject(
-            "data",
-            "must have dtype float8_e4m3fn",
-            data.dtype,
-            "Quantise float values with cpgemm.quantize; give uint8 codes to "
-            "ScaledTensor.from_arrays.",
-            kind=ArgumentTypeError,
-        )
-    if data.ndim not in (2, 3):
-        reject(
-            "data",
-            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
-            f"{data.ndim} axes, shape {data.shape}",
-            "Reshape it.",
-        )
-    if not (is_k_contiguous(data) or is_k_contiguous(data.swapaxes(-1, -2))):
-        reject(
-            "data",
-            "must be contiguous along one of its last two axes, without overlap",
-            f"shape {data.shape} with strides {data.strides}",
-            "Copy it, for example with numpy.ascontiguousarray.",
-        )
-
-
-def _check_scales(data: Array, scales: Array, granularity: Granularity) -> None:
-    if not is_array(scales):
-        reject(
-            "scales",
-            "must be a NumPy or a CuPy array",
-            type(scales).__qualname__,
-            "Convert it, for example with numpy.asarray or cupy.from_dlpack.",
-            kind=ArgumentTypeError,
-        )
-    if scales.dtype != np.float32:
-        reject(
-            "scales",
-            "must have dtype float32",
-            scales.dtype,
-            "Convert them with astype(numpy.float32).",
-            kind=ArgumentTypeError,
-        )
-    if device_of(scales) != device_of(data):
-        reject(
-            "scales",
-            f"must be where data is ({device_of(data)})",
-            device_of(scales),
-            "Move one of them, for example with cupy.asarray or .get().",
-        )
-    wanted = scale_shape(data.shape, granularity)
-    if tuple(scales.shape) != wanted:
-        reject(
-            "scales",
-            f"must have shape {wanted} for data of shape {tuple(data.shape)} "
-            f"and granularity {granularity}",
-            f"shape {tuple(scales.shape)}",
-            "Give one scale for each block, short last blocks included.",
-        )
-
-
-# ------------------------------------------------------------------------------ the class itself
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class ScaledTensor:
     """e4m3 data with one float32 scale for each block.
@@ -192,21 +107,29 @@ class ScaledTensor:
     may also hold the transpose of that layout, which is what ``.T`` makes.  ``scale_format``
     ("float32" or "pow2") says how the scales were chosen; their values are not checked.
 
+    ``framework`` says whose arrays these are views of ("numpy", "cupy", "torch", "jax" or
+    "dlpack"): functions return their results as such arrays, and work on torch tensors goes to
+    torch's current stream, all other work to CuPy's.
+
     The arrays must be of one kind and on one device.  Every broken rule raises ``ArgumentError``
-    or ``ArgumentTypeError``.  ``from_arrays`` is the lenient way in: it brings scales into layout.
+    or ``ArgumentTypeError``.  ``from_arrays`` is the lenient way in: it takes the arrays of other
+    libraries and brings scales into layout.
     """
 
     data: Array
     scales: Array
     granularity: Granularity
     scale_format: ScaleFormat = "float32"
+    framework: Framework = ""  # type: ignore[assignment]  # that of data
 
     def __post_init__(self) -> None:
-        _check_data(self.data)
+        check_data(self.data)
         granularity = check_granularity(self.granularity)
         check_scale_format(self.scale_format)
-        _check_scales(self.data, self.scales, granularity)
+        check_scales(self.data, self.scales, granularity)
         object.__setattr__(self, "granularity", granularity)
+        if not self.framework:
+            object.__setattr__(self, "framework", framework_of(self.data))
         flipped = granularity == (BLOCK, BLOCK) and is_row_major(self.scales.swapaxes(-1, -2))
         if not (flipped or scales_in_layout(self.scales, granularity)):
             layout = "row-major and contiguous"
@@ -223,27 +146,76 @@ class ScaledTensor:
     @classmethod
     def from_arrays(
         cls,
-        data: Array,
-        scales: Array,
+        data: Any,
+        scales: Any,
         granularity: Granularity,
         *,
         scale_format: ScaleFormat = "float32",
     ) -> ScaledTensor:
-        """Wrap existing NumPy or CuPy arrays.
+        """Wrap existing arrays: NumPy, CuPy, torch, JAX, or of any DLPack producer.
 
         ``data`` is float8_e4m3fn, or uint8 codes, which are viewed; it is never copied.  ``scales``
         is float32 of the logical shape; it is copied only when it is not yet in the layout that
-        ``granularity`` asks for, otherwise it is shared.  Raises what the constructor raises.
+        ``granularity`` asks for, otherwise it is shared.  Raises what the constructor and
+        ``dlpack.as_native`` raise.
         """
-        if is_array(data) and data.dtype == np.uint8:
+        framework = framework_of(data)
+        data, scales = as_native("data", data), as_native("scales", scales)
+        if data.dtype == np.uint8:
             data = fp8_view(data)
-        _check_data(data)
+        check_data(data)
         pair = check_granularity(granularity)
         check_scale_format(scale_format)
-        _check_scales(data, scales, pair)
+        check_scales(data, scales, pair)
+        assert framework is not None, "as_native takes no other"
         if not scales_in_layout(scales, pair):
-            scales = relaid(scales, pair)
-        return cls(data, scales, pair, scale_format)
+            with _working(data, framework):
+                scales = relaid(scales, pair, allocator(framework, data))
+        return cls.of_checked(data, scales, pair, scale_format, framework)
+
+    @classmethod
+    def of_checked(
+        cls,
+        data: Array,
+        scales: Array,
+        granularity: Granularity,
+        scale_format: ScaleFormat,
+        framework: Framework,
+    ) -> ScaledTensor:
+        """The tensor of arrays that obey every rule: it stands on the path of every layer."""
+        tensor = object.__new__(cls)
+        tensor.__dict__.update(
+            data=data, scales=scales, granularity=granularity, scale_format=scale_format,
+            framework=framework,
+        )  # fmt: skip
+        return tensor
+
+    def to_torch(self) -> tuple[Any, Any]:
+        """Data (torch.float8_e4m3fn) and scales (torch.float32) as tensors on the same memory."""
+        return to_torch(self.data), to_torch(self.scales)
+
+    def to_jax(self) -> tuple[Any, Any]:
+        """Data (float8_e4m3fn) and scales (float32) as JAX arrays.
+
+        They share memory, except that JAX copies arrays of the CPU whose address or strides it
+        cannot take.  JAX takes its arrays to be immutable: do not write to the memory afterwards.
+        """
+        with _working(self.data, self.framework):
+            return to_jax(self.data), to_jax(self.scales)
+
+    @cached_property
+    def signature(self) -> Hashable:
+        """What rules about this operand look at, as numbers; None on the CPU.
+
+        Operands with equal signatures are interchangeable to a prepared launch (``calls``).
+        """
+        if not is_cupy(self.data):
+            return None
+        data, scales = self.data, self.scales
+        return (
+            data.data.ptr, data.shape, data.strides, scales.data.ptr, scales.shape, scales.strides,
+            data.data.device_id, self.granularity, self.framework,
+        )  # fmt: skip
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -294,6 +266,7 @@ class ScaledTensor:
             self.scales.swapaxes(-1, -2),
             (self.granularity[1], self.granularity[0]),
             self.scale_format,
+            self.framework,
         )
 
     def k_major(self) -> ScaledTensor:
@@ -307,16 +280,18 @@ class ScaledTensor:
         if self.is_k_major:
             return self
         data, scales = self.data, self.scales
-        if not self._data_is_k_major():
-            data = empty_codes(self.shape, array_module(data))
-            # As bytes, because CuPy has no copy kernels for FP8.
-            data.view(np.uint8)[...] = self.data.view(np.uint8)
-        if not scales_in_layout(scales, self.granularity):
-            scales = relaid(scales, self.granularity)
-        return ScaledTensor(data, scales, self.granularity, self.scale_format)
+        with _working(data, self.framework):
+            memory = allocator(self.framework, data)
+            if not self._data_is_k_major():
+                data = empty_codes(self.shape, memory)
+                # As bytes, because CuPy has no copy kernels for FP8.
+                data.view(np.uint8)[...] = self.data.view(np.uint8)
+            if not scales_in_layout(scales, self.granularity):
+                scales = relaid(scales, self.granularity, memory)
+        return ScaledTensor(data, scales, self.granularity, self.scale_format, self.framework)
 
-    def dequantize(self, dtype: Any = np.float32) -> Array:
-        """The values that this tensor stands for, as a new C-contiguous array of ``shape``.
+    def dequantize(self, dtype: Any = np.float32) -> Any:
+        """The values that this tensor stands for, as a new C-contiguous array of ``framework``.
 
         ``dtype``: float32 (each value is the float32 product of code and scale), float64 (the exact
         product), float16 or bfloat16 (the float32 product, rounded once more).  What exceeds the
@@ -334,9 +309,13 @@ class ScaledTensor:
                 "Dequantise to float32 and convert from there.",
                 kind=ArgumentTypeError,
             )
+        with _working(self.data, self.framework):
+            return as_framework(self.framework, self._dequantized(target))
+
+    def _dequantized(self, target: np.dtype[Any]) -> Array:
         xp = array_module(self.data)
         if self.granularity == (BLOCK, 1):
-            return xp.ascontiguousarray(self.T.dequantize(target).swapaxes(-1, -2))
+            return xp.ascontiguousarray(self.T._dequantized(target).swapaxes(-1, -2))
         out = xp.empty(self.shape, dtype=target)
         work = np.float64 if target == np.float64 else np.float32
         table = xp.asarray(np.arange(256, dtype=np.uint8).view(FP8).astype(work))
@@ -369,8 +348,16 @@ class ScaledTensor:
         order = "K-major" if self.is_k_major else "not K-major"
         return (
             f"ScaledTensor(shape={self.shape}, granularity={self.granularity}, "
-            f"scale_format={self.scale_format!r}, device={self.device!r}, {order})"
+            f"scale_format={self.scale_format!r}, device={self.device!r}, "
+            f"framework={self.framework!r}, {order})"
         )
+
+
+def _working(data: Array, framework: Framework) -> contextlib.AbstractContextManager[None]:
+    """Device and stream of the framework's own work; nothing to do on the CPU."""
+    if not is_cupy(data):
+        return contextlib.nullcontext()
+    return working_stream(framework, data.data.device_id)
 
 
 def require_scaled(name: str, value: object, mend: str) -> ScaledTensor:

@@ -1,37 +1,20 @@
 """Tensor maps: how the copy engine (TMA) sees a matrix and the boxes that it moves.
 
-A map is bound to an address, so that maps are cached by everything that they hold.  Creating one
-costs some 4 us of host time, finding one in the cache less than 1 us.
+A map is 128 bytes that a kernel takes by value.  It is bound to an address, so that maps are cached
+by everything that they hold.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from typing import TYPE_CHECKING, Any
 
 from cpgemm.layout import Array, pointer
 
-if TYPE_CHECKING:
-    from cuda.core import TensorMapDescriptor
+__all__ = ["MAP_BYTES", "matrix_map", "row_pitch", "tensor_map"]
 
-__all__ = ["matrix_map", "row_pitch", "tensor_map"]
-
-# FP8 and bfloat16 travel as plain bytes and halves: TMA only moves them.
-_TYPESTR = {1: "|u1", 2: "<u2", 4: "<f4"}
-
-
-class _Matrix:
-    """The least that cuda.core needs to see a row-pitched matrix in device memory."""
-
-    def __init__(self, pointer: int, rows: int, columns: int, pitch: int, itemsize: int) -> None:
-        self.__cuda_array_interface__: dict[str, Any] = {
-            "data": (pointer, False),
-            "shape": (rows, columns),
-            "strides": (pitch, itemsize),
-            "typestr": _TYPESTR[itemsize],
-            "version": 3,
-            "stream": None,
-        }
+MAP_BYTES = 128
+_SWIZZLES = (0, 32, 64, 128)  # bytes; position is CUtensorMapSwizzle's number
 
 
 @functools.lru_cache(maxsize=8192)
@@ -43,29 +26,42 @@ def tensor_map(
     itemsize: int,
     box: tuple[int, int],
     swizzle: int,
-    device: int,
-) -> TensorMapDescriptor:
+) -> bytes:
     """Map of a matrix of ``rows`` x ``columns`` elements with ``pitch`` bytes between rows.
 
     ``box``: rows and columns that one copy moves, 256 at most each.  ``swizzle``: 0, 32, 64 or 128
     bytes, which is then the width of the box.  Address and pitch are multiples of 16 bytes
     (``problem`` has checked them).  What lies outside the matrix reads as zeros, is never written.
     """
-    # The enumerations are not exported by cuda.core 1.2; as_tensor_map takes no plain values.
-    from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
-    from cuda.core.utils import StridedMemoryView
+    from cuda.bindings import driver
 
-    modes = {
-        0: TensorMapSwizzle.NONE,
-        32: TensorMapSwizzle.SWIZZLE_32B,
-        64: TensorMapSwizzle.SWIZZLE_64B,
-        128: TensorMapSwizzle.SWIZZLE_128B,
-    }
-    matrix = _Matrix(pointer, rows, columns, pitch, itemsize)
-    view = StridedMemoryView.from_cuda_array_interface(matrix, -1)
-    return view.as_tensor_map(
-        box_dim=box, swizzle=modes[swizzle], l2_promotion=TensorMapL2Promotion.L2_256B
+    # FP8 and bfloat16 travel as plain bytes and halves: TMA only moves them.
+    kinds = driver.CUtensorMapDataType
+    kind = {
+        1: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        2: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        4: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+    }[itemsize]
+    wide, narrow = driver.cuuint64_t, driver.cuuint32_t
+    status, tensor_map = driver.cuTensorMapEncodeTiled(
+        kind,
+        2,
+        pointer,
+        [wide(columns), wide(rows)],
+        [wide(pitch)],
+        [narrow(box[1]), narrow(box[0])],
+        [narrow(1), narrow(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle(_SWIZZLES.index(swizzle)),
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(
+            f"cpgemm: the driver refuses a tensor map ({status!s}) of {rows} x {columns} elements "
+            f"of {itemsize} bytes at {pointer:#x}, pitch {pitch}, box {box}, swizzle {swizzle}"
+        )
+    return ctypes.string_at(int(tensor_map.getPtr()), MAP_BYTES)
 
 
 def row_pitch(array: Array) -> int:
@@ -81,10 +77,10 @@ def row_pitch(array: Array) -> int:
     return -(-columns * int(array.itemsize) // 16) * 16
 
 
-def matrix_map(array: Array, box: tuple[int, int], swizzle: int) -> TensorMapDescriptor:
+def matrix_map(array: Array, box: tuple[int, int], swizzle: int) -> bytes:
     """Map of a CuPy array (R, C), or (G, R, C) whose groups follow one another, as one matrix."""
     *outer, rows, columns = array.shape
     return tensor_map(
         pointer(array), rows * (outer[0] if outer else 1), columns, row_pitch(array),
-        int(array.itemsize), box, swizzle, array.device.id,
+        int(array.itemsize), box, swizzle,
     )  # fmt: skip

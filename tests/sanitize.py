@@ -20,7 +20,7 @@ from gemm_checks import operands
 
 import cpgemm
 from cpgemm.config import AdaptiveKernelConfig
-from cpgemm.grouped import FLAT, TALL, launch_grouped
+from cpgemm.grouped import FLAT, TALL, prepare_grouped
 from cpgemm.grouped_heuristics import grouped_configurations
 from cpgemm.grouped_problem import GroupedProblem
 from cpgemm.heuristics import configurations
@@ -61,7 +61,7 @@ def grouped(rng: np.random.Generator, out_dtype: OutDtype) -> int:
             problem = GroupedProblem.of_contiguous(
                 a, b, out, offsets=index, out_dtype=out_dtype, fill_padding=True
             )
-            launch_grouped(problem, config, a, b, out, index, form)
+            prepare_grouped(problem, config, a, b, out, index, form=form)()
             cp.cuda.Device().synchronize()
             launches += 1
     return launches

@@ -28,7 +28,7 @@ from grouped_checks import (
 import cpgemm
 from cpgemm.config import AdaptiveKernelConfig
 from cpgemm.errors import ArgumentError
-from cpgemm.grouped import FLAT, TALL, launch_grouped
+from cpgemm.grouped import FLAT, TALL, prepare_grouped
 from cpgemm.grouped_heuristics import grouped_configurations
 from cpgemm.grouped_reference import grouped_reference
 from cpgemm.scaled import ScaledTensor
@@ -203,9 +203,9 @@ def test_every_configuration(rng, layout, out_dtype):
             )  # fmt: skip
             if config.why_not_layout(layout, case.problem.n):
                 with pytest.raises(ArgumentError, match="config: must suit"):
-                    launch_grouped(case.problem, config, case.a, case.b, case.out, case.index)
+                    prepare_grouped(case.problem, config, case.a, case.b, case.out, case.index)()
                 continue
-            launch_grouped(case.problem, config, case.a, case.b, case.out, case.index, form)
+            prepare_grouped(case.problem, config, case.a, case.b, case.out, case.index, form=form)()
             case.check()
 
 

@@ -90,7 +90,7 @@ class TestMatrix:
         return lambda: cpgemm.gemm(*pair, **{name: array}, out_dtype=out_dtype)
 
     def test_kind(self, pair, name):
-        rejected(f"^{name}: must be a NumPy array", self.call(pair, name, [[0.0]]),
+        rejected(f"^{name}: must be a NumPy, CuPy, torch or JAX array", self.call(pair, name, [[0.0]]),
                  ArgumentTypeError)  # fmt: skip
 
     def test_dtype(self, pair, name):

@@ -1,0 +1,115 @@
+"""The rules that data and scales of a ``ScaledTensor`` must obey, and their messages."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpgemm.errors import ArgumentTypeError, reject
+from cpgemm.layout import (
+    FP8,
+    GRANULARITIES,
+    SCALE_FORMATS,
+    Array,
+    Granularity,
+    device_of,
+    is_array,
+    is_k_contiguous,
+    scale_shape,
+)
+
+__all__ = ["check_data", "check_granularity", "check_scale_format", "check_scales"]
+
+
+def check_granularity(granularity: object) -> Granularity:
+    """The pair as a tuple of ints; ``ArgumentError`` unless it is one of ``GRANULARITIES``."""
+    pair = tuple(granularity) if isinstance(granularity, (tuple, list)) else granularity
+    if pair not in GRANULARITIES:
+        reject(
+            "granularity",
+            "must be (1, 128), (128, 128) or (128, 1)",
+            repr(granularity),
+            "Give the rows and columns that share one scale.",
+        )
+    return (int(pair[0]), int(pair[1]))
+
+
+def check_scale_format(scale_format: object) -> None:
+    """``ArgumentError`` unless the format is one of ``SCALE_FORMATS``."""
+    if scale_format not in SCALE_FORMATS:
+        reject(
+            "scale_format",
+            "must be 'float32' or 'pow2'",
+            repr(scale_format),
+            "Say 'float32' for scales that may be any float32 number.",
+        )
+
+
+def check_data(data: Array) -> None:
+    """Codes: kind, dtype, axes, contiguity."""
+    if not is_array(data):
+        reject(
+            "data",
+            "must be a NumPy or a CuPy array",
+            type(data).__qualname__,
+            "Convert it, for example with numpy.asarray or cupy.from_dlpack.",
+            kind=ArgumentTypeError,
+        )
+    if data.dtype != FP8:
+        reject(
+            "data",
+            "must have dtype float8_e4m3fn",
+            data.dtype,
+            "Quantise float values with cpgemm.quantize; give uint8 codes to "
+            "ScaledTensor.from_arrays.",
+            kind=ArgumentTypeError,
+        )
+    if data.ndim not in (2, 3):
+        reject(
+            "data",
+            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
+            f"{data.ndim} axes, shape {data.shape}",
+            "Reshape it.",
+        )
+    if not (is_k_contiguous(data) or is_k_contiguous(data.swapaxes(-1, -2))):
+        reject(
+            "data",
+            "must be contiguous along one of its last two axes, without overlap",
+            f"shape {data.shape} with strides {data.strides}",
+            "Copy it, for example with numpy.ascontiguousarray.",
+        )
+
+
+def check_scales(data: Array, scales: Array, granularity: Granularity) -> None:
+    """Scales: kind, dtype, device, shape; their layout is the tensor's business."""
+    if not is_array(scales):
+        reject(
+            "scales",
+            "must be a NumPy or a CuPy array",
+            type(scales).__qualname__,
+            "Convert it, for example with numpy.asarray or cupy.from_dlpack.",
+            kind=ArgumentTypeError,
+        )
+    if scales.dtype != np.float32:
+        reject(
+            "scales",
+            "must have dtype float32",
+            scales.dtype,
+            "Convert them with astype(numpy.float32).",
+            kind=ArgumentTypeError,
+        )
+    if device_of(scales) != device_of(data):
+        reject(
+            "scales",
+            f"must be where data is ({device_of(data)})",
+            device_of(scales),
+            "Move one of them, for example with cupy.asarray or .get().",
+        )
+    wanted = scale_shape(data.shape, granularity)
+    if tuple(scales.shape) != wanted:
+        reject(
+            "scales",
+            f"must have shape {wanted} for data of shape {tuple(data.shape)} "
+            f"and granularity {granularity}",
+            f"shape {tuple(scales.shape)}",
+            "Give one scale for each block, short last blocks included.",
+        )

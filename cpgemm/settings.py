@@ -1,0 +1,55 @@
+"""Settings of the process that change how kernels are launched.
+
+Both may be changed at any time and hold from the next call on; CUDA graphs keep what they were
+captured with.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from cpgemm import env
+
+__all__ = ["on_change", "pdl", "set_pdl", "set_sms", "sms"]
+
+_pdl: bool | None = None
+_sms: int | None = None
+_listeners: list[weakref.ref[Callable[[], None]]] = []
+
+
+def pdl() -> bool:
+    """Whether products are launched with programmatic dependent launch."""
+    return env.pdl() if _pdl is None else _pdl
+
+
+def set_pdl(enabled: bool | None) -> None:
+    """Launch products with programmatic dependent launch, or not; None: as ``CPGEMM_PDL`` says."""
+    global _pdl
+    _pdl = enabled
+    _changed()
+
+
+def sms() -> int | None:
+    """How many multiprocessors products may use at most; None: all."""
+    return _sms
+
+
+def set_sms(limit: int | None) -> None:
+    """Let products use ``limit`` multiprocessors at most; None: all."""
+    global _sms
+    _sms = limit
+    _changed()
+
+
+def on_change(forget: Callable[[], None]) -> None:
+    """Call the bound method ``forget`` whenever a setting changes, as long as its object lives."""
+    _listeners.append(weakref.WeakMethod(forget))
+
+
+def _changed() -> None:
+    _listeners[:] = [listener for listener in _listeners if listener() is not None]
+    for listener in list(_listeners):
+        forget = listener()
+        if forget is not None:
+            forget()

@@ -1,0 +1,65 @@
+"""Where work on arrays of a library goes: their device, its current stream, its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from cpgemm.dlpack import Framework, as_native, current_stream, empty
+from cpgemm.layout import Array, array_module, is_cupy
+
+__all__ = ["allocator", "external_stream", "working_stream"]
+
+
+@contextlib.contextmanager
+def working_stream(framework: Framework, device: int) -> Iterator[None]:
+    """Make ``device`` current, and for torch its current stream CuPy's as well.
+
+    Whatever CuPy and cpgemm enqueue inside is in order with the library's own work.
+    """
+    cuda = sys.modules["cupy"].cuda
+    with cuda.Device(device):
+        if framework != "torch":
+            yield
+            return
+        with external_stream(current_stream("torch", device)):
+            yield
+
+
+class _Handle:
+    """A stream of another library, as the CUDA stream protocol has it."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return (0, self._handle)
+
+
+def external_stream(handle: int) -> Any:
+    """CuPy's object for another library's stream of the current device; 0 is the default stream."""
+    cuda = sys.modules["cupy"].cuda
+    if handle == 0:
+        return cuda.Stream.null
+    if hasattr(cuda.Stream, "from_external"):
+        return cuda.Stream.from_external(_Handle(handle))
+    return cuda.ExternalStream(handle)  # CuPy before 14.1
+
+
+class _TorchMemory:
+    """``empty`` as NumPy and CuPy have it, with memory from torch's caching allocator."""
+
+    def __init__(self, like: Array) -> None:
+        self._like = like
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return as_native("memory", empty("torch", shape, dtype, self._like))
+
+
+def allocator(framework: Framework, like: Array) -> Any:
+    """What makes memory for results: an object with ``empty(shape, dtype)``, on like's device."""
+    if framework == "torch" and is_cupy(like):
+        return _TorchMemory(like)
+    return array_module(like)
