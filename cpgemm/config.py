@@ -14,7 +14,13 @@ from typing import ClassVar
 from cpgemm.grouped_problem import MAX_GROUPS
 from cpgemm.problem import GemmProblem, OutDtype
 
-__all__ = ["SHARED_LIMIT", "AdaptiveKernelConfig", "GroupedKernelConfig", "KernelConfig"]
+__all__ = [
+    "SHARED_LIMIT",
+    "AdaptiveKernelConfig",
+    "GroupedKernelConfig",
+    "KernelConfig",
+    "SplitKernelConfig",
+]
 
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one block may have on Hopper
 
@@ -184,6 +190,75 @@ class KernelConfig:
         if 0 in (problem.m, problem.n, problem.k):
             return "an empty product needs no kernel"
         return None
+
+
+@dataclass(frozen=True)
+class SplitKernelConfig(KernelConfig):
+    """One kernel of ``templates/dense_split.cu.j2``: a cluster of blocks splits the K of a tile.
+
+    Fields as in ``KernelConfig``; ``splits`` is how many blocks share a tile.  Blocks are not
+    persistent: there is one cluster for each tile.
+    """
+
+    splits: int = 2
+
+    family: ClassVar[str] = "dense_split"
+    template: ClassVar[str] = "dense_split.cu.j2"
+    entry: ClassVar[str] = "cpgemm_dense_split"
+
+    def _malformed(self) -> str | None:
+        if self.splits not in (2, 4, 8) or (self.cluster_m, self.cluster_n) != (1, 1):
+            return "splits must be 2, 4 or 8, without multicast"
+        if self.waves != 1 or self.block_n % (8 * self.splits):
+            return "consumers have one wave each, and every block whole groups of 8 columns"
+        return super()._malformed()
+
+    @property
+    def name(self) -> str:
+        """Readable and unique, e.g. ``dense_split_64x64_k4_s6_w1_bfloat16``."""
+        return (
+            f"{self.family}_{self.block_m}x{self.block_n}_k{self.splits}_s{self.stages}"
+            f"_w{self.consumers}_{self.out_dtype}"
+        )
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the consumers and one producer warp."""
+        return 128 * self.consumers + 32
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that a multiprocessor may hold at once."""
+        return 2 if 2 * (self.shared_bytes + 1024) <= 228 * 1024 else 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: stages, and a slot for the sums of each block of the cluster."""
+        tiles = self.stages * (self.block_m + self.block_n) * _BLOCK_K + 1024
+        small = self.stages * (self.scale_rows + self.block_n // self.scale_segment) * 4
+        main = _round_up(_round_up(tiles + small, 8) + 16 * self.stages, 1024)
+        return _round_up(main + self.block_m * self.block_n * 4, 1024)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.splits
+
+    def rows_loaded(self, m: int) -> int:
+        """Rows of A that a stage really loads."""
+        return min(self.block_m, _round_up(m, 8))
+
+    def column_tiles(self, n: int) -> int:
+        """Tiles side by side over ``n`` columns."""
+        return -(-n // self.block_n)
+
+    def tiles(self, problem: GemmProblem) -> int:
+        """Tiles, each of a cluster."""
+        return -(-problem.m // self.block_m) * self.column_tiles(problem.n)
+
+    def blocks(self, tiles: int, sms: int) -> int:
+        """Blocks of the launch."""
+        return tiles * self.splits
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from cpgemm import settings
 from cpgemm.calls import ReadyCalls, signature, working_framework
 from cpgemm.compiler import load_kernel
-from cpgemm.config import KernelConfig
+from cpgemm.config import KernelConfig, SplitKernelConfig
 from cpgemm.dlpack import Framework, as_framework, as_native, empty
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.heuristics import H200, Explanation, Machine, choose, explain
@@ -118,16 +118,18 @@ class GemmPlan:
         map_b = matrix_map(b.data, (config.block_n // config.cluster_m, BLOCK), 128)
         scale_pitch = 4 * a.scales_pitch
         map_scale_a = tensor_map(pointer(a.scales), p.k_blocks, p.m, scale_pitch, 4, (1, rows), 0)
-        # The float32 kernels store from registers and never look at their map of D.
-        map_d = (
-            matrix_map(out, config.store_box, config.store_box[1] * 2) if config.staged else map_a
-        )
+        split = isinstance(config, SplitKernelConfig)
+        map_d: tuple[bytes, ...] = ()
+        if not split:
+            # The float32 kernels store from registers and never look at their map of D.
+            box = config.store_box
+            map_d = (matrix_map(out, box, box[1] * 2) if config.staged else map_a,)
         item = out.itemsize
         return (
             map_a,
             map_b,
             map_scale_a,
-            map_d,
+            *map_d,
             np.uint64(pointer(b.scales)),
             np.uint64(0 if c is None else pointer(c)),
             np.uint64(pointer(out)),
@@ -137,6 +139,8 @@ class GemmPlan:
             np.int32(p.n),
             np.int32(p.k),
             np.int32(rows),
+            # Whether B may be read before the launch that this one depends on has ended.
+            *((np.int32(0),) if split else ()),
         )
 
 

@@ -13,6 +13,9 @@ clock      falls from 1.9 to 1.57 GHz as the tensor rate nears 1200 TFLOPS: powe
 L2, DRAM   bytes over bandwidth, for the machine as a whole; a row of A or B that is not a multiple
            of 128 bytes long touches two lines of L2 for each 128 bytes
 
+Split kernels take part where all of their blocks run at once: the chain of a block is that of its
+share of K, and summing over the cluster costs a fixed time.
+
 Compute, L2 and DRAM overlap imperfectly: their 3-norm is taken, and launching added.  The weights
 were fitted to 1,020 timings of 17 tiles, two of which never won and were dropped, on 70 shapes on
 one H200; docs/performance.md says how well they do.
@@ -26,7 +29,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from cpgemm import settings
-from cpgemm.config import SHARED_LIMIT, KernelConfig
+from cpgemm.config import SHARED_LIMIT, KernelConfig, SplitKernelConfig
 from cpgemm.errors import reject
 from cpgemm.problem import GemmProblem, OutDtype
 
@@ -55,6 +58,8 @@ _EPILOGUE = 283.0
 _EPILOGUE_ELEMENT = {1: 0.0703, 2: 0.0703, 3: 0.0558}
 _FULL_GHZ, _FULL_TFLOPS = 1.566, 1200.0
 _LAUNCH_US = 2.39
+_SPLIT_CHAIN = 300.0  # clocks per k-block of a split kernel's block
+_SPLIT_US = 1.3  # to exchange and add the sums
 _CLUSTER_US = 0.5  # pairs of blocks start together and end together
 
 
@@ -130,7 +135,12 @@ def _machine_of_device(device: int) -> Machine:
 @functools.lru_cache(maxsize=2)
 def configurations(out_dtype: OutDtype) -> tuple[KernelConfig, ...]:
     """The finite set of dense kernels for one output dtype."""
-    return tuple(deepest(KernelConfig, tile, out_dtype) for tile in _TILES)
+    whole = (deepest(KernelConfig, tile, out_dtype) for tile in _TILES)
+    # Two blocks of five stages fit a multiprocessor: all clusters run at once.
+    split = [SplitKernelConfig(64, 64, 5, 1, out_dtype=out_dtype, splits=k) for k in (2, 4)]
+    if out_dtype == "bfloat16":
+        split.append(SplitKernelConfig(128, 64, 7, 2, out_dtype=out_dtype, splits=2))
+    return (*whole, *split)
 
 
 def deepest(kind: type[_Config], tile: Tile, out_dtype: OutDtype) -> _Config:
@@ -192,7 +202,30 @@ def _overlapped(*us: float) -> float:
     return float(sum(term**3 for term in us) ** (1 / 3))
 
 
+def _suits(problem: GemmProblem, config: KernelConfig, machine: Machine) -> bool:
+    """Whether a configuration is worth a prediction on this machine."""
+    if config.cluster > machine.sms:
+        return False
+    if not isinstance(config, SplitKernelConfig):
+        return True
+    # Graphics clusters have 16 or 18 multiprocessors: of clusters of four, 62 run at once, not 66.
+    places = machine.sms * config.blocks_per_sm // config.splits
+    return config.tiles(problem) <= (places if config.splits == 2 else places * 62 // 66)
+
+
+def _predict_split(problem: GemmProblem, config: SplitKernelConfig, machine: Machine) -> Candidate:
+    tiles = config.tiles(problem)
+    clocks = -(-problem.k_blocks // config.splits) * _SPLIT_CHAIN
+    compute_us = clocks / (machine.clock_ghz * 1e3)
+    l2_us = _l2_us(tiles * (config.rows_loaded(problem.m) + config.block_n), problem, machine)
+    dram_us = problem.bytes / (machine.dram_tbs * 1e6)
+    predicted = _LAUNCH_US + _SPLIT_US + _overlapped(compute_us, l2_us, dram_us)
+    return Candidate(config, predicted, 1, compute_us, l2_us, dram_us)
+
+
 def _predict(problem: GemmProblem, config: KernelConfig, machine: Machine) -> Candidate:
+    if isinstance(config, SplitKernelConfig):
+        return _predict_split(problem, config, machine)
     tiles = config.tiles(problem)
     waves = _turns(config, tiles, machine)
     clocks = waves * (problem.k_blocks * _k_block_clocks(config) + _epilogue_clocks(config))
@@ -270,7 +303,7 @@ def _explain(problem: GemmProblem, machine: Machine) -> Explanation:
         (
             _predict(problem, config, machine)
             for config in configurations(problem.out_dtype)
-            if config.cluster <= machine.sms
+            if _suits(problem, config, machine)
         ),
         key=lambda candidate: candidate.predicted_us,  # stable: ties go to the earlier tile
     )

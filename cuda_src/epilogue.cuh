@@ -56,6 +56,23 @@ __device__ __forceinline__ void store_direct(
     }
 }
 
+template <int kN>
+__device__ __forceinline__ void store_direct(
+    const float (&total)[kN / 2], u16* d, long long pitch, int row, int column, int m, int n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (row + 8 * half >= m) continue;
+        u16* line = d + static_cast<long long>(row + 8 * half) * pitch;
+#pragma unroll
+        for (int j = 0; j < kN / 8; ++j) {
+            if (column + 8 * j < n) {
+                *reinterpret_cast<u32*>(line + column + 8 * j) =
+                    ptx::pack_bfloat16(total[4 * j + 2 * half], total[4 * j + 2 * half + 1]);
+            }
+        }
+    }
+}
+
 // The staging buffer holds kN / kChunk chunks of kRows rows by kChunk columns; a row of a chunk is as
 // wide as TMA's swizzle span (128, 64 or 32 bytes), in which address bits 4.. are XORed with bits 7...
 template <int kRows, int kChunk>

@@ -151,6 +151,18 @@ __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
+// 16 bytes to the same offset in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ void store_cluster(void* own, u32 rank, float4 value) {
+    asm volatile(
+        "{\n\t"
+        ".reg .b32 remote;\n\t"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+        "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n\t"
+        "}" ::"r"(shared_address(own)),
+        "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+        : "memory");
+}
+
 // Programmatic dependent launch: nothing that an earlier kernel writes may be read before the wait.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

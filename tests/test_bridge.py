@@ -242,10 +242,12 @@ def test_gpu_work_goes_to_torchs_current_stream(rng, given):
     out = cpgemm.gemm(x, y)
     cpgemm.gemm(x, y, out)
     wanted = bits(cpgemm.gemm(z, y))
-    x.scales[...] = x.scales.copy()  # what copies is compiled by now
+    x.scales[...] = on(kind, a).scales  # what copies is compiled by now
     old_codes, new_codes = x.data.view(np.uint8), z.data.view(np.uint8)
     assert old_codes.flags.c_contiguous and new_codes.flags.c_contiguous
     stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        cpgemm.gemm(x, y)  # torch has memory for this stream now: getting some waits for the GPU
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         with external_stream(stream.cuda_stream):

@@ -6,6 +6,7 @@ import pytest
 from gemm_checks import DENSE_SHAPES
 
 import cpgemm
+from cpgemm.config import SplitKernelConfig
 from cpgemm.errors import ArgumentError
 from cpgemm.heuristics import H200, Machine, choose, configurations, explain
 from cpgemm.problem import GemmProblem
@@ -42,6 +43,19 @@ def test_small_m_takes_small_tiles():
         assert choose(GemmProblem(m, n, k)).block_m <= 128
 
 
+def test_split_kernels_run_in_one_wave():
+    """Clusters that do not all fit at once take a second wave (15.3 instead of 10.7 us)."""
+    for config in configurations("bfloat16"):
+        if isinstance(config, SplitKernelConfig):
+            for m, n in ((64, 4096), (64, 2112), (1, 65536)):
+                offered = {c.config for c in explain(m, n, 7168).candidates}
+                clusters = H200.sms * config.blocks_per_sm // config.splits
+                if config.tiles(GemmProblem(m, n, 7168)) > clusters:
+                    assert config not in offered
+    assert explain(64, 2112, 7168).choice.config.cluster == 4
+    assert explain(64, 4096, 7168).choice.config.cluster == 2
+
+
 @pytest.mark.parametrize("m", [1, 128, 4096])
 def test_prediction_is_never_below_the_floor(m):
     for n, k in DENSE_SHAPES:
@@ -52,7 +66,8 @@ def test_prediction_is_never_below_the_floor(m):
 def test_explanation_is_readable():
     text = str(cpgemm.explain(4096, 7168, 2048))
     assert "4096 x 7168 x 2048 -> bfloat16" in text and "floor" in text
-    assert len(text.splitlines()) == 3 + len(configurations("bfloat16"))
+    candidates = cpgemm.explain(4096, 7168, 2048).candidates
+    assert len(text.splitlines()) == 3 + len(candidates) >= 3 + 15
     assert max(len(line) for line in text.splitlines()) <= 100
 
 
