@@ -40,7 +40,8 @@ class _Handle:
 
 def external_stream(handle: int) -> Any:
     """CuPy's object for another library's stream of the current device; 0 is the default stream."""
-    cuda = sys.modules["cupy"].cuda
+    from cupy import cuda
+
     if handle == 0:
         return cuda.Stream.null
     if hasattr(cuda.Stream, "from_external"):

@@ -9,6 +9,9 @@ import random
 import numpy as np
 import pytest
 
+# JAX would take most of a GPU's memory at its first array; the tests share it with CuPy and torch.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 
 @functools.cache
 def why_no_gpu() -> str | None:

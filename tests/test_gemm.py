@@ -116,13 +116,16 @@ def _bits(x):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("index", range(len(configurations("bfloat16"))))
-def test_every_configuration(rng, index, out_dtype):
+@pytest.mark.parametrize(
+    "config",
+    [config for out_dtype in ("bfloat16", "float32") for config in configurations(out_dtype)],
+    ids=lambda config: config.name,
+)
+def test_every_configuration(rng, config):
     """Each kernel on sizes that leave tails in M, N and K, with and without C, guards intact."""
     import cupy as cp
 
-    config = configurations(out_dtype)[index]
+    out_dtype = config.out_dtype
     dtype = BF16 if out_dtype == "bfloat16" else np.dtype(np.float32)
     for m, n, k in ((1, 8, 16), (7, 576, 144), (129, 200, 1040), (600, 1032, 512)):
         a, b = operands(rng, m, n, k, cp)
