@@ -44,6 +44,7 @@ class KernelConfig:
     ``out_dtype``              of C and D
     ``raster_group``           rows of tiles that are walked together, so that operands stay in L2
     ``unroll``                 k-blocks in one turn of the main loop
+    ``column_parts``           consumers that share the columns of a tile instead of its rows: 1 or all
     """
 
     block_m: int
@@ -55,6 +56,7 @@ class KernelConfig:
     out_dtype: OutDtype = "bfloat16"
     raster_group: int = 8
     unroll: int = 3
+    column_parts: int = 1
 
     family: ClassVar[str] = "dense"
     template: ClassVar[str] = "dense.cu.j2"
@@ -69,11 +71,13 @@ class KernelConfig:
         """What hardware or template cannot do, whatever the problem; None when all is well."""
         if self.consumers not in (1, 2, 3):
             return "consumers must be 1, 2 or 3: the register file holds no more"
-        if self.block_m % (64 * self.consumers) or not 64 <= self.block_m <= 256:
+        if self.column_parts not in (1, self.consumers) or self.block_n % (16 * self.column_parts):
+            return "column_parts must be 1 or consumers, with multiples of 16 columns for each"
+        if self.block_m % (64 * self.row_parts) or not 64 <= self.block_m <= 256:
             return "block_m must be a multiple of 64 per consumer, 256 at most (TMA's box)"
         if self.block_n % 16 or not 16 <= self.block_n <= 256:
             return "block_n must be a multiple of 16 between 16 and 256 (wgmma's N, stmatrix x4)"
-        if self.waves * self.block_n // 2 + self.block_n // 2 > 200:
+        if (self.waves + 1) * self.wave_n // 2 > 200:
             return "accumulators need more than 200 registers a thread and would spill"
         if (self.cluster_m, self.cluster_n) not in ((1, 1), (2, 1), (1, 2)):
             return "a cluster has two blocks at most, along M or along N"
@@ -91,13 +95,23 @@ class KernelConfig:
         multicast = {(1, 1): "", (1, 2): "_multicast_a", (2, 1): "_multicast_b"}
         return (
             f"{self.family}_{self.block_m}x{self.block_n}_s{self.stages}_w{self.consumers}"
-            f"{multicast[self.cluster_m, self.cluster_n]}_{self.out_dtype}"
+            f"{'_by_columns' if self.column_parts > 1 else ''}{multicast[self.cluster_m, self.cluster_n]}_{self.out_dtype}"
         )
 
     @property
     def waves(self) -> int:
         """m64 waves of wgmma that each consumer issues for one k-block."""
-        return self.block_m // (64 * self.consumers)
+        return self.block_m // (64 * self.row_parts)
+
+    @property
+    def row_parts(self) -> int:
+        """Consumers that share the rows of a tile."""
+        return self.consumers // self.column_parts
+
+    @property
+    def wave_n(self) -> int:
+        """Columns of a consumer's waves."""
+        return self.block_n // self.column_parts
 
     @property
     def threads(self) -> int:
@@ -128,7 +142,7 @@ class KernelConfig:
     @property
     def scale_segment(self) -> int:
         """Columns of the tile that surely share one scale of B, wherever the tile starts."""
-        return math.gcd(self.block_n, _BLOCK_K)
+        return math.gcd(self.wave_n, _BLOCK_K)
 
     @property
     def scale_rows(self) -> int:
@@ -138,7 +152,7 @@ class KernelConfig:
     @property
     def store_chunk(self) -> int:
         """Columns of one TMA store box: the widest of TMA's swizzle spans that divides the tile."""
-        return next(width for width in (64, 32, 16) if self.block_n % width == 0)
+        return next(width for width in (64, 32, 16) if self.wave_n % width == 0)
 
     @property
     def staged(self) -> bool:

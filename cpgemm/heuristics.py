@@ -58,6 +58,7 @@ _EPILOGUE = 283.0
 _EPILOGUE_ELEMENT = {1: 0.0703, 2: 0.0703, 3: 0.0558}
 _FULL_GHZ, _FULL_TFLOPS = 1.566, 1200.0
 _LAUNCH_US = 2.39
+_TAIL = 0.6  # of idle places in the last turn, on the time that DRAM takes
 _SPLIT_CHAIN = 300.0  # clocks per k-block of a split kernel's block
 _SPLIT_US = 1.3  # to exchange and add the sums
 _CLUSTER_US = 0.5  # pairs of blocks start together and end together
@@ -71,6 +72,7 @@ class Tile(NamedTuple):
     consumers: int
     cluster_m: int = 1
     cluster_n: int = 1
+    column_parts: int = 1
 
 
 # What won somewhere among what was tried: docs/performance.md.
@@ -85,9 +87,8 @@ _TILES = (
     Tile(128, 128, 2, cluster_n=2),
     Tile(128, 96, 2),
     Tile(128, 64, 2),
-    Tile(64, 128, 1),
-    Tile(64, 96, 1),
-    Tile(64, 64, 1),
+    Tile(64, 128, 2, column_parts=2),
+    Tile(64, 64, 2, column_parts=2),
     Tile(64, 32, 1),
     Tile(64, 16, 1),
 )
@@ -176,8 +177,8 @@ def _k_block_clocks(config: KernelConfig) -> float:
     read = m64 * (8192 + 128 * config.block_n)
     written = 128 * (config.block_m + config.block_n)
     busy = _BUSY * max(tensor, (read + written) / 128)
-    chain = config.waves * (_CHAIN + _CHAIN_COLUMN[config.consumers] * config.block_n)
-    if config.consumers == 1:
+    chain = config.waves * (_CHAIN + _CHAIN_COLUMN[config.row_parts] * config.wave_n)
+    if config.row_parts == 1:
         return max(busy, chain)
     promotion = m64 * config.block_n / 2
     return max(busy + _PROMOTION[config.consumers] * promotion, chain)
@@ -234,7 +235,9 @@ def _predict(problem: GemmProblem, config: KernelConfig, machine: Machine) -> Ca
     compute_us = clocks / ((machine.clock_ghz - load * (machine.clock_ghz - _FULL_GHZ)) * 1e3)
     rows = config.rows_loaded(problem.m) / config.cluster_n
     l2_us = _l2_us(tiles * (rows + config.block_n / config.cluster_m), problem, machine)
-    dram_us = problem.bytes / (machine.dram_tbs * 1e6)
+    # Where the last turn leaves multiprocessors idle, the others cannot draw all of the bandwidth.
+    share = waves * config.blocks(machine.sms, machine.sms) / tiles
+    dram_us = problem.bytes / (machine.dram_tbs * 1e6) * share**_TAIL
     launch_us = _LAUNCH_US + (_CLUSTER_US if config.cluster > 1 else 0.0)
     predicted = launch_us + _overlapped(compute_us, l2_us, dram_us)
     return Candidate(config, predicted, waves, compute_us, l2_us, dram_us)

@@ -25,7 +25,7 @@ struct Wgmma;
 // The decisions that shape the loop, with what follows from them.
 template <
     int kBlockM_, int kBlockN_, int kStages_, int kConsumers_, int kClusterM_, int kClusterN_, int kSegment_,
-    int kScaleRows_, int kUnroll_, typename Element_>
+    int kScaleRows_, int kUnroll_, typename Element_, int kColumnParts_ = 1>
 struct TileConfig {
     using Element = Element_;  // of C and D
     static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kBlockK = 128;
@@ -38,10 +38,15 @@ struct TileConfig {
     static constexpr int kScaleRows = kScaleRows_;  // scales of A that a stage has room for, kBlockM at least
     static constexpr int kUnroll = kUnroll_;  // k-blocks of the main loop, where all waves have rows
     static constexpr int kCluster = kClusterM * kClusterN;
+    // Consumers share the rows of a tile, or, with as many parts as consumers, its columns.
+    static constexpr int kColumnParts = kColumnParts_;
+    static constexpr int kRowParts = kConsumers / kColumnParts;
+    static constexpr int kWaveN = kBlockN / kColumnParts;  // columns of a consumer's waves
+    static constexpr int kWaveSegments = kWaveN / kSegment;
     static constexpr int kThreads = 128 * (kConsumers + 1);
     // Waves of 64 rows go to the consumers in turn, so that a tile with few rows keeps them all at work.
-    static constexpr int kWaves = kBlockM / (64 * kConsumers);
-    static constexpr int kWaveStride = 64 * kConsumers;  // rows between two waves of one consumer
+    static constexpr int kWaves = kBlockM / (64 * kRowParts);
+    static constexpr int kWaveStride = 64 * kRowParts;  // rows between two waves of one consumer
     static constexpr bool kStaged = sizeof(Element) == 2;  // D goes through shared memory and TMA
     static constexpr u32 kFullArrivals = 1 + kSegments;
     static constexpr u32 kEmptyArrivals = kCluster * kConsumers * 4;
@@ -53,7 +58,7 @@ struct SharedMemory {
     alignas(1024) u8 a[Tile::kStages][Tile::kBlockM * Tile::kBlockK];
     alignas(1024) u8 b[Tile::kStages][Tile::kBlockN * Tile::kBlockK];
     alignas(1024) u8 d[Tile::kStaged ? Tile::kConsumers : 1]
-                      [Tile::kStaged ? Tile::kWaves * 64 * Tile::kBlockN * 2 : 1024];
+                      [Tile::kStaged ? Tile::kWaves * 64 * Tile::kWaveN * 2 : 1024];
     alignas(128) float scale_a[Tile::kStages][Tile::kScaleRows];
     float scale_b[Tile::kStages][Tile::kSegments];
     alignas(8) StageRing<Tile::kStages> ring;
@@ -134,10 +139,11 @@ struct Producer {
 // could not tell that it is equal in all threads, and wgmma's descriptors would leave the uniform registers.
 template <class Tile>
 struct Consumer {
-    using Total = float[Tile::kWaves][Tile::kBlockN / 2];
+    using Total = float[Tile::kWaves][Tile::kWaveN / 2];
 
     SharedMemory<Tile>& shared;
     int first_row;     // of this warpgroup's first wave in the tile
+    int first_column;  // of its waves
     int fragment_row;  // of this thread's first element in the tile
     int lane;
     u32 rank;
@@ -145,10 +151,11 @@ struct Consumer {
     StagePosition<Tile::kStages> position{};
 
     __device__ __forceinline__ Consumer(SharedMemory<Tile>& memory, int warpgroup, int warp, int lane_, u32 rank_)
-        : shared(memory), first_row(warpgroup * 64), lane(lane_), rank(rank_) {
+        : shared(memory), first_row(warpgroup % Tile::kRowParts * 64),
+          first_column(warpgroup / Tile::kRowParts * Tile::kWaveN), lane(lane_), rank(rank_) {
         fragment_row = first_row + warp * 16 + lane / 4;
         low_a = descriptor::low_word(shared.a[0] + first_row * Tile::kBlockK);
-        low_b = descriptor::low_word(shared.b[0]);
+        low_b = descriptor::low_word(shared.b[0] + first_column * Tile::kBlockK);
     }
 
     __device__ __forceinline__ void wait_full(const StagePosition<Tile::kStages>& at) {
@@ -162,27 +169,28 @@ struct Consumer {
 #pragma unroll
         for (int wave = 0; wave < kActive; ++wave) {
 #pragma unroll
-            for (int i = 0; i < Tile::kBlockN / 2; ++i) total[wave][i] = 0.0f;
+            for (int i = 0; i < Tile::kWaveN / 2; ++i) total[wave][i] = 0.0f;
         }
         StagePosition<Tile::kStages> at = position;
 #pragma unroll (kActive == Tile::kWaves ? Tile::kUnroll : 1)
         for (int kb = 0; kb < k_blocks; ++kb) {
             const int s = at.stage;
             wait_full(at);
-            float column_scale[Tile::kSegments];
+            float column_scale[Tile::kWaveSegments];
+            const float* column_scales = shared.scale_b[s] + (Tile::kColumnParts > 1 ? first_column / Tile::kSegment : 0);
 #pragma unroll
-            for (int i = 0; i < Tile::kSegments; ++i) column_scale[i] = shared.scale_b[s][i];
+            for (int i = 0; i < Tile::kWaveSegments; ++i) column_scale[i] = column_scales[i];
             const u32 stage_a = low_a + s * (Tile::kBlockM * Tile::kBlockK / 16);
             const u32 stage_b = low_b + s * (Tile::kBlockN * Tile::kBlockK / 16);
 #pragma unroll
             for (int wave = 0; wave < kActive; ++wave) {
                 const float* row_scales = shared.scale_a[s] + scale_shift + fragment_row + wave * Tile::kWaveStride;
                 const float row_scale = row_scales[0], row_scale_8 = row_scales[8];
-                float partial[Tile::kBlockN / 2];
-                Wgmma<Tile::kBlockN>::k128(
-                    partial, descriptor::make(stage_a + wave * Tile::kConsumers * descriptor::kStepRows64), descriptor::make(stage_b));
+                float partial[Tile::kWaveN / 2];
+                Wgmma<Tile::kWaveN>::k128(
+                    partial, descriptor::make(stage_a + wave * Tile::kRowParts * descriptor::kStepRows64), descriptor::make(stage_b));
                 if (wave == kActive - 1) release(s);  // all that lies in the stage has been read
-                promote<Tile::kBlockN, Tile::kSegment>(total[wave], partial, row_scale, row_scale_8, column_scale);
+                promote<Tile::kWaveN, Tile::kSegment>(total[wave], partial, row_scale, row_scale_8, column_scale);
             }
             at.advance();
         }

@@ -14,7 +14,7 @@
 template <class Tile, int kChunk>
 struct TileStore {
     using Element = typename Tile::Element;
-    static constexpr int kWaveBytes = 64 * Tile::kBlockN * 2;  // of one wave in the staging buffer
+    static constexpr int kWaveBytes = 64 * Tile::kWaveN * 2;  // of one wave in the staging buffer
 
     const TensorMap& map_d;
     Element* d;
@@ -39,7 +39,7 @@ struct TileStore {
             ptx::named_barrier(1 + warpgroup, 128);
 #pragma unroll
             for (int wave = 0; wave < Tile::kWaves; ++wave) {
-                epilogue::stage_bf16<Tile::kBlockN, 64, kChunk>(
+                epilogue::stage_bf16<Tile::kWaveN, 64, kChunk>(
                     total[wave], ptx::shared_address(buffer) + wave * kWaveBytes, warp * 16, lane);
             }
             ptx::fence_async_shared();
@@ -49,18 +49,18 @@ struct TileStore {
                 const int first = row + wave * Tile::kWaveStride;
                 const u8* staged = buffer + wave * kWaveBytes;
                 if (foreign && row_end - first < 64) {
-                    epilogue::copy_staged<Tile::kBlockN, 64, kChunk>(
+                    epilogue::copy_staged<Tile::kWaveN, 64, kChunk>(
                         staged, d + first * pitch + column, pitch, row_end - first, n - column);
                     __syncwarp();  // lanes leave the copy at different times; wgmma needs them together
                 } else if (issuer()) {
-                    epilogue::store_staged<Tile::kBlockN, 64, kChunk>(map_d, staged, first, column, row_end, n);
+                    epilogue::store_staged<Tile::kWaveN, 64, kChunk>(map_d, staged, first, column, row_end, n);
                 }
             }
         } else {
             const int own_row = row + warp * 16 + lane / 4, own_column = column + 2 * (lane % 4);
 #pragma unroll
             for (int wave = 0; wave < Tile::kWaves; ++wave) {
-                epilogue::store_direct<Tile::kBlockN>(
+                epilogue::store_direct<Tile::kWaveN>(
                     total[wave], d, pitch, own_row + wave * Tile::kWaveStride, own_column, row_end, n);
             }
         }

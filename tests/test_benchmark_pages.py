@@ -103,12 +103,12 @@ def test_the_model_is_as_good_as_said() -> None:
     )
 
 
-def test_split_kernels_are_chosen_where_they_win() -> None:
-    """Within 5 % of the best on each row; "best of one block" was the choice before they came."""
+def test_decode_kernels_are_chosen_where_they_win() -> None:
+    """Within 5 % of the fastest on each row; a kernel without a name was the choice before."""
     losses = {}
-    for row in load("split_timings.json")["rows"]:
+    for row in load("decode_timings.json")["rows"]:
         size = row["m"], row["n"], row["k"]
         chosen = explain(*size).choice.config.name.removeprefix("dense_").removesuffix("_bfloat16")
-        us = row["us"].get(chosen, row["us"]["best of one block"])
-        losses[size] = us / min(row["us"].values())
-    assert len(losses) == 24 and max(losses.values()) <= 1.05, losses
+        before = [us for name, us in row["us"].items() if name.startswith("best")]
+        losses[size] = row["us"].get(chosen, *before) / min(row["us"].values())
+    assert len(losses) == 34 and max(losses.values()) <= 1.05, losses

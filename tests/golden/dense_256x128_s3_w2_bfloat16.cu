@@ -9,6 +9,7 @@
 //   config.out_dtype = bfloat16
 //   config.raster_group = 8
 //   config.unroll = 3
+//   config.column_parts = 1
 
 // Dense block-scaled FP8 GEMM for sm_90a, cooperative form:
 //   D[m, n] = cast(C[m, n] + sum_kb sA[m, kb] * sB[n / 128, kb] * sum_{k in kb} A[m, k] * B[n, k])
@@ -39,6 +40,7 @@ constexpr int kClusterN = 1;
 constexpr int kRasterGroup = 8;
 constexpr int kSegment = 128;
 constexpr int kUnroll = 3;
+constexpr int kColumnParts = 1;  // consumers that share the columns of a tile
 constexpr int kStoreChunk = 64;  // columns per TMA store box
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
@@ -80,7 +82,7 @@ struct Wgmma<128> {
     }
 };
 
-using Tile = TileConfig<kBlockM, kBlockN, kStages, kConsumers, kClusterM, kClusterN, kSegment, kBlockM, kUnroll, Element>;
+using Tile = TileConfig<kBlockM, kBlockN, kStages, kConsumers, kClusterM, kClusterN, kSegment, kBlockM, kUnroll, Element, kColumnParts>;
 using Scheduler = TileScheduler<kBlockM, kBlockN, kClusterM, kClusterN, kRasterGroup>;
 static_assert(sizeof(SharedMemory<Tile>) == kSharedBytes, "the host's shared memory size differs from the kernel's");
 
@@ -124,17 +126,17 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
         if (kConsumers > 1) ptx::registers_increase<kConsumerRegisters>();
         Consumer<Tile> consumer(shared, warpgroup, warp, lane, rank);
         TileStore<Tile, kStoreChunk> output(shared, map_d, d, pitch_d, n, warpgroup);
-        float total[Tile::kWaves][kBlockN / 2];
+        float total[Tile::kWaves][Tile::kWaveN / 2];
 
         while (tiles.advance()) {
             consumer.multiply(total, k_blocks);
             consumer.position.advance(k_blocks);
-            const int row = tiles.block_m * kBlockM, column = tiles.block_n * kBlockN;
+            const int row = tiles.block_m * kBlockM, column = tiles.block_n * kBlockN + consumer.first_column;
             if (c != nullptr) {
                 const int own_row = row + consumer.fragment_row, own_column = column + 2 * (lane % 4);
 #pragma unroll
                 for (int wave = 0; wave < Tile::kWaves; ++wave) {
-                    epilogue::add_c<kBlockN>(total[wave], c, pitch_c, own_row + wave * Tile::kWaveStride, own_column, m, n);
+                    epilogue::add_c<Tile::kWaveN>(total[wave], c, pitch_c, own_row + wave * Tile::kWaveStride, own_column, m, n);
                 }
             }
             output.store(total, row + consumer.first_row, m, column, false);
