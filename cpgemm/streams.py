@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -42,8 +43,13 @@ def external_stream(handle: int) -> Any:
     """CuPy's object for another library's stream of the current device; 0 is the default stream."""
     from cupy import cuda
 
-    if handle == 0:
-        return cuda.Stream.null
+    return cuda.Stream.null if handle == 0 else _external(handle, cuda.runtime.getDevice())
+
+
+@functools.lru_cache(maxsize=64)
+def _external(handle: int, _device: int) -> Any:
+    from cupy import cuda
+
     if hasattr(cuda.Stream, "from_external"):
         return cuda.Stream.from_external(_Handle(handle))
     return cuda.ExternalStream(handle)  # CuPy before 14.1
