@@ -78,18 +78,27 @@ def window_plan(pass_us: float, calls: int, window_us: float) -> tuple[int, int]
 
 
 def interleave(
-    replays: Mapping[str, Callable[[], float]], windows: int, rng: random.Random
+    replays: Mapping[str, Callable[[], float]],
+    windows: int,
+    rng: random.Random,
+    watch: Callable[[str | None], None] | None = None,
 ) -> dict[str, Timing]:
     """Call each of ``replays`` ``windows`` times, round by round, each round in random order.
 
-    A replay runs one window and returns its microseconds per call.
+    A replay runs one window and returns its microseconds per call.  ``watch`` is told whose window
+    begins, and None at the end.
     """
     taken: dict[str, list[float]] = {name: [] for name in replays}
-    for _ in range(windows):
-        order = list(replays)
-        rng.shuffle(order)
-        for name in order:
-            taken[name].append(replays[name]())
+    tell = watch or (lambda _name: None)
+    try:
+        for _ in range(windows):
+            order = list(replays)
+            rng.shuffle(order)
+            for name in order:
+                tell(name)
+                taken[name].append(replays[name]())
+    finally:
+        tell(None)
     return {name: summarize(values) for name, values in taken.items()}
 
 
@@ -114,6 +123,8 @@ def time_interleaved(
     seed: int | None = None,
     stream: Any = None,
     context: Callable[[Any], contextlib.AbstractContextManager[object]] | None = None,
+    watch: Callable[[str | None], None] | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timing]:
     """Time contenders on the current device, all in one run, and return the ``Timing`` of each.
 
@@ -129,6 +140,10 @@ def time_interleaved(
     ``stream`` is a non-blocking ``cupy.cuda.Stream`` to work on (None: a new one).  Contenders of
     another library must enqueue on that same stream: ``context(stream)`` returns a context manager
     that sees to it, for torch ``torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr))``.
+
+    ``watch`` is called with a contender's name when a window of it begins, and with None after the
+    last one.  ``failed`` is called with the name and the error of a contender that raises before
+    the first window; it is left out then (None: the error is raised).
 
     Raises ``ArgumentError`` for an empty contender or a window count below 1, ``DeviceError``
     without a GPU.
@@ -146,11 +161,15 @@ def time_interleaved(
     stream = cupy.cuda.Stream(non_blocking=True) if stream is None else stream
     cupy.cuda.runtime.deviceSynchronize()  # operands may still be in the making on other streams
     with stream, context(stream) if context is not None else contextlib.nullcontext():
-        replays = {
-            name: _prepare(cupy, stream, list(calls), window_ms * 1e3)
-            for name, calls in contenders.items()
-        }
-        timings = interleave(replays, windows, random.Random(seed))
+        replays = {}
+        for name, calls in contenders.items():
+            try:
+                replays[name] = _prepare(cupy, stream, list(calls), window_ms * 1e3)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(name, error)
+        timings = interleave(replays, windows, random.Random(seed), watch)
         stream.synchronize()
     return timings
 

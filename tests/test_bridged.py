@@ -39,7 +39,7 @@ def test_jax_arrays_come_and_are_not_written():
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     x = jax.numpy.arange(3.0)
     assert framework_of(doubled(x)) == "jax"
-    with pytest.raises(ArgumentError, match="^out: must be writable; got a JAX array"):
+    with pytest.raises(ArgumentError, match=r"^out: must be writable; got a JAX array"):
         doubled(x, out=x)
 
 
