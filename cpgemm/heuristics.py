@@ -208,7 +208,10 @@ def _suits(problem: GemmProblem, config: KernelConfig, machine: Machine) -> bool
     if config.cluster > machine.sms:
         return False
     if not isinstance(config, SplitKernelConfig):
-        return True
+        if problem.m <= 64:  # taller tiles hold fewer stages of weights and multiply empty rows
+            return config.block_m == 64
+        # Shared columns pay within one tile of rows; of two, each reads all weights again.
+        return config.column_parts == 1
     # Graphics clusters have 16 or 18 multiprocessors: of clusters of four, 62 run at once, not 66.
     places = machine.sms * config.blocks_per_sm // config.splits
     return config.tiles(problem) <= (places if config.splits == 2 else places * 62 // 66)

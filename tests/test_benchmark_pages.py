@@ -81,10 +81,12 @@ def test_grouped_figures() -> None:
 
 
 def test_the_model_is_as_good_as_said() -> None:
-    """docs/performance.md: within 5 % of the best on 96 % of the shapes it was fitted to."""
+    """docs/performance.md: of the shapes that it was fitted to, those of more than 64 rows."""
     kernels = {config.name: config for config in configurations("bfloat16")}
     losses = []
     for row in load("tile_timings.json")["rows"]:
+        if row["m"] <= 64:
+            continue  # decode_timings.json: other kernels have taken these rows since
         us = {f"dense_{name}_bfloat16": time for name, time in row["us"].items()}
         us = {name: time for name, time in us.items() if name in kernels}
         chosen = next(
@@ -93,22 +95,19 @@ def test_the_model_is_as_good_as_said() -> None:
             if candidate.config.name in us
         )
         losses.append(us[chosen] / min(us.values()))
-    assert len(losses) == 70
-    near = round(100 * sum(loss < 1.05 for loss in losses) / 70)
-    mean = round(100 * (sum(losses) / 70 - 1), 1)
+    shapes = len(losses)
+    near = round(100 * sum(loss < 1.05 for loss in losses) / shapes)
+    mean = round(100 * (sum(losses) / shapes - 1), 1)
     text = " ".join((FOLDER.parents[1] / "performance.md").read_text(encoding="utf-8").split())
-    assert (
-        f"within 5 % of the best of the set in {near} % of them, {mean} % slower in the mean"
-        in text
-    )
+    assert f"the {shapes} of them with more than 64 rows" in text
+    assert f"within 5 % of the best in {near} %, {mean} % slower in the mean" in text
 
 
 def test_decode_kernels_are_chosen_where_they_win() -> None:
-    """Within 5 % of the fastest on each row; a kernel without a name was the choice before."""
+    """Within 5 % of the fastest on each row that was measured with the kernels of today."""
     losses = {}
     for row in load("decode_timings.json")["rows"]:
         size = row["m"], row["n"], row["k"]
         chosen = explain(*size).choice.config.name.removeprefix("dense_").removesuffix("_bfloat16")
-        before = [us for name, us in row["us"].items() if name.startswith("best")]
-        losses[size] = row["us"].get(chosen, *before) / min(row["us"].values())
+        losses[size] = row["us"][chosen] / min(row["us"].values())
     assert len(losses) == 34 and max(losses.values()) <= 1.05, losses
