@@ -182,7 +182,7 @@ def _from_torch(name: str, tensor: Any, writable: bool) -> Array:
             name,
             "must not require gradients",
             "a tensor with requires_grad=True",
-            "Call .detach() on it, or use cpgemm.torch, which computes gradients.",
+            "Call .detach() on it, or use cpgemm.torch.Linear, which computes gradients.",
         )
     dtype = torch_dtypes().get(tensor.dtype)
     if dtype is None:
