@@ -90,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--out-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     explain.add_argument("--accumulate", action="store_true", help="with a C operand")
     explain.set_defaults(handler=_explain)
+
+    from cpgemm.bench.cli import add_parser
+
+    add_parser(commands)
     return parser
 
 

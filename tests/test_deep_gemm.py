@@ -538,10 +538,9 @@ def test_bytes(kind):
 @pytest.fixture
 def restored():
     """Settings as they were, afterwards."""
-    sms, pdl = settings.sms(), settings.pdl()
     yield
-    settings.set_sms(sms)
-    settings.set_pdl(pdl)
+    settings.set_sms(None)
+    settings.set_pdl(None)
     deep_gemm.set_tc_util(100)
     deep_gemm.set_compile_mode(0)
 

@@ -338,7 +338,9 @@ X = np.ones((16, 128), np.float32)
 
 
 def test_rule_array() -> None:
-    with pytest.raises(ArgumentTypeError, match="x: must be a NumPy, CuPy, torch or JAX .*; got list"):
+    with pytest.raises(
+        ArgumentTypeError, match="x: must be a NumPy, CuPy, torch or JAX .*; got list"
+    ):
         quantize([[1.0] * 16])
 
 

@@ -128,7 +128,9 @@ def test_commands_parse() -> None:
         for line in block.splitlines()
         if line.startswith("python -m cpgemm")
     ]
-    assert {words[3] for words in commands} == {"doctor", "demo", "explain", "render", "compile"}
+    assert {words[3] for words in commands} == {
+        "doctor", "demo", "explain", "render", "compile", "bench",
+    }  # fmt: skip
     for words in commands:
         assert parser.parse_args(words[3:]).handler is not None, words
     kernels = subprocess.run(

@@ -264,7 +264,9 @@ CODES = np.zeros((8, 256), np.uint8)
 
 
 def test_rule_data_must_be_an_array() -> None:
-    with pytest.raises(ArgumentTypeError, match=r"data: must be a NumPy, CuPy, torch or JAX .*; got list"):
+    with pytest.raises(
+        ArgumentTypeError, match=r"data: must be a NumPy, CuPy, torch or JAX .*; got list"
+    ):
         ScaledTensor.from_arrays([[1]], ONE, (1, 128))
 
 
@@ -319,7 +321,9 @@ def test_rule_scale_format() -> None:
 
 
 def test_rule_scales_must_be_an_array() -> None:
-    with pytest.raises(ArgumentTypeError, match=r"scales: must be a NumPy, CuPy, torch or JAX .*; got float"):
+    with pytest.raises(
+        ArgumentTypeError, match=r"scales: must be a NumPy, CuPy, torch or JAX .*; got float"
+    ):
         ScaledTensor.from_arrays(CODES, 1.0, (1, 128))
 
 

@@ -9,9 +9,9 @@ from cpgemm.problem import GemmProblem
 
 @pytest.fixture(autouse=True)
 def restored():
-    sms = settings.sms()
+    settings.set_pdl(None)
     yield
-    settings.set_sms(sms)
+    settings.set_sms(None)
     settings.set_pdl(None)
 
 

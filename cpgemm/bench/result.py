@@ -132,6 +132,14 @@ class Report:
         """The rows of one case."""
         return [row for row in self.rows if row.case == case]
 
+    def add(self, row: Row) -> None:
+        """Append a row; ``ArgumentError`` for one that could not be written and read back."""
+        where = f"row {row.case.name}, {row.contender}"
+        _row(_without_nan(dataclasses.asdict(row)), where)
+        if any((one.case, one.contender) == (row.case, row.contender) for one in self.rows):
+            _refuse(where, "must be the only one of its case and contender", "a second one")
+        self.rows.append(row)
+
     def as_dict(self) -> dict[str, Any]:
         """What is written as JSON: the version first, rows last, None for NaN and infinity."""
         fields = dataclasses.asdict(self)
