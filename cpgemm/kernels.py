@@ -27,6 +27,7 @@ def gemm_source(config: KernelConfig) -> KernelSource:
 
 def all_sources() -> list[KernelSource]:
     """Every kernel that cpgemm may ever compile by itself; no shape adds another."""
+    from cpgemm.bench.floors import floor_sources
     from cpgemm.floor import stream_source
     from cpgemm.moe_kernels import moe_sources
     from cpgemm.quantize_kernels import quantize_sources
@@ -35,4 +36,11 @@ def all_sources() -> list[KernelSource]:
     grouped = [
         gemm_source(config) for name in OUT_DTYPES for config in grouped_configurations(name)
     ]
-    return [*dense, *grouped, *quantize_sources(), *moe_sources(), stream_source()]
+    return [
+        *dense,
+        *grouped,
+        *quantize_sources(),
+        *moe_sources(),
+        stream_source(),
+        *floor_sources(),
+    ]

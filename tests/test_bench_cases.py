@@ -57,7 +57,7 @@ def test_all_is_everything_and_every_case_is_possible() -> None:
 
 def test_quantize_host_jit() -> None:
     assert len(suite("quantize")) == 3 * 3 * 2 * 2 and all(not c.n for c in suite("quantize"))
-    assert tuple(case.detail for case in suite("host")) == HOST_PATHS and len(HOST_PATHS) == 4
+    assert tuple(case.detail for case in suite("host")) == HOST_PATHS and len(HOST_PATHS) == 7
     assert tuple(case.detail for case in suite("jit")) == JIT_STEPS
     assert suite("jit")[2] == Case("jit", detail="import")
 

@@ -167,7 +167,7 @@ def test_plots_and_the_page(
 ) -> None:
     asked: list[tuple[Report, Path]] = []
 
-    def write_plots(made: Report, folder: Path) -> list[Path]:
+    def write_plots(made: Report, folder: Path, **_options: object) -> list[Path]:
         asked.append((made, folder))
         return [folder / "roofline_light.png"]
 
@@ -328,7 +328,7 @@ def test_without_a_gpu_it_says_what_it_cannot_do(
     assert {case.suite for case in no_gpu.cases} == {"dense", "quantize", "jit"}
     out = " ".join(capsys.readouterr().out.split())
     assert "No Hopper GPU (no driver): kernels, peers and floors cannot be timed here." in out
-    assert "4 of contiguous, 11 of masked, " in out and "4 of host" in out
+    assert "4 of contiguous, 11 of masked, " in out and "7 of host" in out
     made = read_report(tmp_path / "b.json")
     assert made.method["without_gpu"] == "no driver"
     assert made.method["cases"] == len(no_gpu.cases) < len(suite("all"))
@@ -344,7 +344,7 @@ def test_without_a_gpu_the_default_shows_all_that_works(no_gpu: Runner) -> None:
 
 
 def test_without_a_gpu_and_without_a_case(no_gpu: Runner) -> None:
-    with pytest.raises(DeviceError, match="all 4 cases need a Hopper GPU; got no driver"):
+    with pytest.raises(DeviceError, match="all 7 cases need a Hopper GPU; got no driver"):
         bench("host")
     assert not no_gpu.cases
 

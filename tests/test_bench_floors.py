@@ -13,17 +13,23 @@ from tiny_kernels import needs_nvrtc
 
 from cpgemm.bench import floors
 from cpgemm.bench.contenders import regions
-from cpgemm.bench.floors import Region, compute_units, memory_arguments
+from cpgemm.bench.floors import MemoryFloorConfig, Region, compute_units, memory_arguments
 from cpgemm.bench.operands import Pool, Product
 from cpgemm.bench.result import Case
 from cpgemm.compiler import compile_kernel
+from cpgemm.config import SHARED_LIMIT
 
 DENSE = Case("dense", 33, 264, 592)
 MASKED = Case("masked", 5, 136, 272, 3)
 
 
+TRIED = MemoryFloorConfig(stages=12, piece=8192, loaders=4, store_piece=8192)
+
+
 @needs_nvrtc
-@pytest.mark.parametrize("source", floors.floor_sources(), ids=lambda source: source.name)
+@pytest.mark.parametrize(
+    "source", [*floors.floor_sources(), floors.memory_source(TRIED)], ids=lambda source: source.name
+)
 def test_kernels_compile(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CPGEMM_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("CPGEMM_COMPILER", raising=False)
@@ -35,7 +41,10 @@ def test_kernels_compile(source: Any, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_bytes_in_flight() -> None:
-    assert floors.MEMORY_FLOOR.stages * floors.MEMORY_FLOOR.piece == 128 << 10
+    """What saturates memory, with and without overlap; and no more than a block may have."""
+    config = floors.MEMORY_FLOOR
+    assert config.stages * config.piece >= 128 << 10
+    assert config.shared_bytes <= SHARED_LIMIT and config.stages % config.loaders == 0
 
 
 def walk(arguments: tuple[Any, ...], piece: int, *, writes: bool) -> list[tuple[int, int]]:
@@ -62,8 +71,9 @@ def test_every_byte_of_every_region_is_met_once() -> None:
         assert len(arguments[0]) == 32 * config.regions
         for side, wanted in ((False, reads), (True, writes)):
             met: dict[int, int] = {}
-            for address, count in walk(arguments, config.piece, writes=side):
-                assert 0 < count <= config.piece and address % 16 == count % 16 == 0
+            piece = config.store_piece if side else config.piece
+            for address, count in walk(arguments, piece, writes=side):
+                assert 0 < count <= piece and address % 16 == count % 16 == 0
                 for byte in range(address, address + count, 16):
                     met[byte] = met.get(byte, 0) + 1
             assert set(met.values()) == {1}
@@ -73,8 +83,21 @@ def test_every_byte_of_every_region_is_met_once() -> None:
             assert starts <= set(met)
 
 
+@pytest.mark.parametrize("loaders", [1, 3, 4])
+@pytest.mark.parametrize("pieces", [0, 1, 131, 132, 133, 1000])
+def test_every_piece_belongs_to_one_loader_of_one_block(pieces: int, loaders: int) -> None:
+    """The kernel's arithmetic: which piece numbers a loader walks through."""
+    met: list[int] = []
+    for block in range(132):
+        share = max(pieces - block + 131, 0) // 132
+        for warp in range(loaders):
+            mine = (share - warp + loaders - 1) // loaders
+            met += [block + (warp + at * loaders) * 132 for at in range(mine)]
+    assert sorted(met) == list(range(pieces))
+
+
 def test_nothing_to_move_takes_no_region() -> None:
-    config = floors.MemoryFloorConfig()
+    config = MemoryFloorConfig()
     arguments = memory_arguments(config, [Region(16, 0), Region(32, 16)], [])
     assert [int(value) for value in arguments[1:]] == [1, 1, 0]
     with pytest.raises(ValueError, match="at most 8 regions"):
@@ -127,14 +150,15 @@ def test_arithmetic_of_the_compute_floor(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pdl", [False, True])
-def test_the_memory_floor_reads_and_writes(pdl: bool) -> None:
+@pytest.mark.parametrize("config", [floors.MEMORY_FLOOR, TRIED], ids=["chosen", "tried"])
+def test_the_memory_floor_reads_and_writes(pdl: bool, config: MemoryFloorConfig) -> None:
     """All of D is written and nothing behind it; faster than memory would mean left-out parts."""
     import cupy as cp
 
     source = cp.zeros(1 << 30, cp.uint8)
     target = cp.full((3, 1000, 1024), 0xFFFF, cp.uint16)
-    call = floors.memory_floor([floors.whole(source.reshape(1, -1))],
-                               [floors.whole(target, 500)], pdl=pdl)  # fmt: skip
+    reads, writes = [floors.whole(source.reshape(1, -1))], [floors.whole(target, 500)]
+    call = floors.memory_floor(reads, writes, pdl=pdl, config=config)
     call()
     start, end = cp.cuda.Event(), cp.cuda.Event()
     start.record()

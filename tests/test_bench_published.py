@@ -138,7 +138,7 @@ def test_page_and_report_agree_or_not() -> None:
 def test_publish_writes_what_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Path] = []
 
-    def write_plots(_report: Report, folder: Path) -> list[Path]:
+    def write_plots(_report: Report, folder: Path, **_options: object) -> list[Path]:
         drawn.extend(folder / name for name in (*PICTURES, "roofline_light.svg"))
         for path in drawn:
             path.touch()

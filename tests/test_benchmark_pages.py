@@ -111,3 +111,18 @@ def test_decode_kernels_are_chosen_where_they_win() -> None:
         chosen = explain(*size).choice.config.name.removeprefix("dense_").removesuffix("_bfloat16")
         losses[size] = row["us"][chosen] / min(row["us"].values())
     assert len(losses) == 34 and max(losses.values()) <= 1.05, losses
+
+
+def test_decode_shares_of_the_floor() -> None:
+    us: dict[tuple[int, int], dict[tuple[int, str], float]] = {}
+    for row in load("bench.json")["rows"]:
+        case = row["case"]
+        if case["suite"] == "dense" and case["m"] <= 128 and row["status"] == "ok":
+            us.setdefault((case["n"], case["k"]), {})[case["m"], row["contender"]] = row["us"]
+    shares = []
+    for (n, k), one in us.items():
+        line = [one[m, "cpgemm"] / one[m, "memory floor"] for m in (1, 8, 16, 32, 64, 128)]
+        assert f"| {n} x {k} | {' | '.join(f'{share:.2f}' for share in line)} |" in PAGE
+        shares += line
+    assert len(shares) == 36
+    assert f"{min(shares):.2f} to {max(shares):.2f} times the live memory floor" in PAGE

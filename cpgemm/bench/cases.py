@@ -42,7 +42,9 @@ _FROM = ("float32", "bfloat16", "float16")
 _GRANULARITIES = ("1x128", "128x128")
 _SCALES = ("float32", "pow2")
 
-HOST_PATHS = ("gemm out", "plan", "torch", "graph replay")
+HOST_PATHS = (
+    "gemm out", "plan", "torch", "deep_gemm", "graph replay", "masked out", "quantize",
+)  # fmt: skip
 """``detail`` of host cases: how a call is made."""
 _HOST_SHAPE = (64, 7168, 2048)
 

@@ -1,10 +1,10 @@
 """The live floors: how long the memory traffic of a call takes alone, and how long its arithmetic.
 
-The memory floor streams what a call reads through shared memory by the copy engine and writes as
-many bytes as the call writes; 64 KiB are in flight in each multiprocessor, 128 KiB with
-programmatic dependent launch, where loads need not wait for the kernel before.  The compute floor
-issues the wgmma batches of a product from operands that stay in shared memory, promotion included.
-Both run in the same windows as what they are compared with, at the clock that power allows then.
+The memory floor streams what a call reads through shared memory by the copy engine, with 128 KiB in
+flight in each multiprocessor, and writes as many bytes as the call writes; with programmatic
+dependent launch its loads do not wait for the kernel before.  The compute floor issues the wgmma
+batches of a product from operands that stay in shared memory, promotion included.  Both run in the
+same windows as what they are compared with, at the clock that power allows then.
 """
 
 from __future__ import annotations
@@ -39,16 +39,26 @@ _ALIGNMENT = 16  # bytes; of what the copy engine moves
 
 @dataclass(frozen=True)
 class MemoryFloorConfig:
-    """``stages`` pieces of ``piece`` bytes in flight in each block."""
+    """``stages`` pieces of ``piece`` bytes in flight in each block, issued by ``loaders`` warps.
+
+    Stores are of ``store_piece`` bytes.
+    """
 
     stages: int = 8
     piece: int = 16384  # in pieces of 8 KiB a floor was slower than what it is a floor of
+    loaders: int = 1
+    store_piece: int = 16384
     regions: int = _MOST_REGIONS
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: a warp for each loader, and one that stores."""
+        return 32 * (self.loaders + 1)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the pieces, one to store from, barriers in units of 1 KiB."""
-        return self.piece * (self.stages + 1) + 1024
+        return self.piece * self.stages + self.store_piece + 1024
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ def memory_source(config: MemoryFloorConfig) -> KernelSource:
     """The rendered kernel."""
     return render(
         "memory_floor.cu.j2",
-        name=f"memory_floor_s{config.stages}",
+        name=f"memory_floor_{config.piece >> 10}k_s{config.stages}_w{config.loaders}",
         entry="cpgemm_memory_floor",
         values={"config": config},
         shared_bytes=config.shared_bytes,
@@ -168,11 +178,9 @@ def memory_arguments(
     writes = [region for region in writes if region.runs and region.run_bytes]
     if len(reads) + len(writes) > config.regions:
         raise ValueError(f"at most {config.regions} regions; got {len(reads) + len(writes)}")
-    table = b"".join(region.packed(config.piece) for region in (*reads, *writes))
-    pieces = [
-        sum(region.runs * region.pieces(config.piece) for region in side)
-        for side in (reads, writes)
-    ]
+    sides = ((reads, config.piece), (writes, config.store_piece))
+    table = b"".join(region.packed(piece) for side, piece in sides for region in side)
+    pieces = [sum(region.runs * region.pieces(piece) for region in side) for side, piece in sides]
     return (
         table.ljust(config.regions * struct.calcsize("<QQQII"), b"\0"),
         np.int32(len(reads)), np.int32(pieces[0]), np.int32(pieces[1]),
@@ -180,15 +188,18 @@ def memory_arguments(
 
 
 def memory_floor(
-    reads: Sequence[Region], writes: Sequence[Region], *, pdl: bool
+    reads: Sequence[Region],
+    writes: Sequence[Region],
+    *,
+    pdl: bool,
+    config: MemoryFloorConfig = MEMORY_FLOOR,
 ) -> Callable[[], None]:
     """A launch on the current device: reads ``reads`` once, fills ``writes`` with a pattern."""
     from cpgemm.compiler import load_kernel
     from cpgemm.launch import PreparedLaunch
 
-    config = MEMORY_FLOOR
     return PreparedLaunch(
-        load_kernel(memory_source(config)), _multiprocessors(), 64,
+        load_kernel(memory_source(config)), _multiprocessors(), config.threads,
         memory_arguments(config, reads, writes), shared_bytes=config.shared_bytes, pdl=pdl,
     )  # fmt: skip
 

@@ -287,13 +287,15 @@ def _wrapped(text: str, room: float, points: float) -> list[str]:
     return textwrap.wrap(text, max(20, int(len(text) * min(1.0, room / max(width, 1e-6)))))
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
-    """Write ``path`` with the suffixes .png and .svg; a file is replaced once it is whole."""
+def save(figure: Figure, path: Path, formats: Sequence[str]) -> list[Path]:
+    """Write ``path`` with each of the suffixes; a file is replaced once it is whole."""
     written = []
-    for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
+    for suffix in formats:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix[1:], dpi=DPI, metadata=metadata)
-        target = path.with_name(path.name + suffix)
+        # A date would make each file another one.
+        metadata: dict[str, str | None] = {"Date": None} if suffix == "svg" else {}
+        figure.savefig(buffer, format=suffix, dpi=DPI, metadata=metadata)
+        target = path.with_name(f"{path.name}.{suffix}")
         partial = target.with_name(target.name + ".part")
         partial.write_bytes(buffer.getvalue())
         partial.replace(target)

@@ -34,7 +34,9 @@ _FULL = 45.0  # inches of bar panels on a page, in all columns; more go to anoth
 _SWEEPS = 24  # panels of decode bandwidth on a page
 
 
-def write_plots(report: Report, folder: Path) -> list[Path]:
+def write_plots(
+    report: Report, folder: Path, *, formats: Sequence[str] = ("png", "svg")
+) -> list[Path]:
     """Draw what ``report`` has rows for into ``folder`` (made if need be); return what was written.
 
     A picture without rows is left out.  Long reports spread over numbered pages.  The same report
@@ -48,7 +50,7 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
             for name, figure in figures(report, theme):
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
-                    written += save(figure, folder / f"{name}_{theme.name}")
+                    written += save(figure, folder / f"{name}_{theme.name}", formats)
                 except OSError as error:
                     reject("folder", "must be a folder that can be written", error, "Name another.")
     return written

@@ -45,7 +45,7 @@ def publish(report: Report, folder: Path) -> list[Path]:
 
     paths = [folder / name for name in (JSON_NAME, TABLES_NAME, PAGE_NAME)]
     write_report(report, paths[0])
-    plots = list(write_plots(report, folder))
+    plots = list(write_plots(report, folder, formats=("png",)))
     write_text(paths[1], markdown(report))
     pictures = [path.name for path in plots if path.suffix == ".png"]
     write_text(paths[2], page(report, pictures))
