@@ -44,7 +44,7 @@ class KernelConfig:
     ``out_dtype``              of C and D
     ``raster_group``           rows of tiles that are walked together, so that operands stay in L2
     ``unroll``                 k-blocks in one turn of the main loop
-    ``column_parts``           consumers that share the columns of a tile instead of its rows: 1 or all
+    ``column_parts``           consumers that share a tile's columns instead of its rows: 1 or all
     """
 
     block_m: int
@@ -92,10 +92,11 @@ class KernelConfig:
     @property
     def name(self) -> str:
         """Readable and unique, e.g. ``dense_256x128_s3_w2_multicast_a_bfloat16``."""
+        columns = "_by_columns" if self.column_parts > 1 else ""
         multicast = {(1, 1): "", (1, 2): "_multicast_a", (2, 1): "_multicast_b"}
         return (
             f"{self.family}_{self.block_m}x{self.block_n}_s{self.stages}_w{self.consumers}"
-            f"{'_by_columns' if self.column_parts > 1 else ''}{multicast[self.cluster_m, self.cluster_n]}_{self.out_dtype}"
+            f"{columns}{multicast[self.cluster_m, self.cluster_n]}_{self.out_dtype}"
         )
 
     @property

@@ -5,8 +5,8 @@
                         (default: the user's cache folder of the platform)
 ``CPGEMM_COMPILER``     ``nvrtc`` (default) or ``nvcc``
 ``CPGEMM_NVCC``         the nvcc to call (default: ``nvcc`` on ``PATH``, then ``$CUDA_HOME/bin``)
-``CPGEMM_PDL``          ``1`` launches GEMMs with programmatic dependent launch (default ``0``); read
-                        when operands are new, ``settings.set_pdl`` changes it for all
+``CPGEMM_PDL``          ``1`` launches GEMMs with programmatic dependent launch (default ``0``);
+                        read when operands are new, ``settings.set_pdl`` changes it for all
 ``CPGEMM_CHECK``        ``1`` downloads and checks the index arrays of grouped GEMMs on a GPU, which
                         waits for the stream (default ``0``: their contents are never read)
 ======================  =======================================================================

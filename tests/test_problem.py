@@ -90,8 +90,8 @@ class TestMatrix:
         return lambda: cpgemm.gemm(*pair, **{name: array}, out_dtype=out_dtype)
 
     def test_kind(self, pair, name):
-        rejected(f"^{name}: must be a NumPy, CuPy, torch or JAX array", self.call(pair, name, [[0.0]]),
-                 ArgumentTypeError)  # fmt: skip
+        call = self.call(pair, name, [[0.0]])
+        rejected(f"^{name}: must be a NumPy, CuPy, torch or JAX array", call, ArgumentTypeError)
 
     def test_dtype(self, pair, name):
         wrong = np.zeros((6, 16), np.float32)

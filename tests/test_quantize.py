@@ -339,14 +339,14 @@ X = np.ones((16, 128), np.float32)
 
 def test_rule_array() -> None:
     with pytest.raises(
-        ArgumentTypeError, match="x: must be a NumPy, CuPy, torch or JAX .*; got list"
+        ArgumentTypeError, match=r"x: must be a NumPy, CuPy, torch or JAX .*; got list"
     ):
         quantize([[1.0] * 16])
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int8, FP8])
 def test_rule_dtype(dtype: Any) -> None:
-    with pytest.raises(ArgumentTypeError, match="x: must have dtype float32, float16 or bfloat16"):
+    with pytest.raises(ArgumentTypeError, match=r"x: must have dtype float32, float16 or bfloat16"):
         quantize(X.astype(dtype))
 
 
