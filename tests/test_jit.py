@@ -77,7 +77,9 @@ def test_every_kernel_of_the_set(kernel: KernelSource) -> None:
     assert 0 < report.registers <= 255
     assert kernel.shared_bytes + report.static_shared_bytes <= MAX_SHARED_BYTES
     if "wgmma.mma_async" in kernel.text:
-        assert report.wgmma > 0 and report.tma_loads > 0
+        assert report.wgmma > 0
+    if "TensorMap map_b" in kernel.text:
+        assert report.tma_loads > 0
 
 
 @pytest.mark.gpu
