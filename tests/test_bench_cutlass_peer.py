@@ -134,3 +134,15 @@ def test_cutlass_computes_the_product(variant: Variant, monkeypatch: pytest.Monk
             calls[0]()
             cp.cuda.runtime.deviceSynchronize()
             assert product.error() <= tolerance(product), case.name
+
+
+def test_scales_of_groups_are_packed(rng: np.random.Generator) -> None:
+    """Whatever the layout, group g has a (k-blocks, m) matrix of its own."""
+    groups, m, blocks = 3, 5, 4
+    values = rng.random((groups, m, blocks), np.float32)
+    room = np.zeros((groups, 8, blocks), np.float32)
+    room[:, :m] = values
+    for scales in (room, values.reshape(groups * m, blocks), np.asfortranarray(room)):
+        packed = cutlass_peer.packed_scales(scales, groups, m)
+        assert packed.flags.c_contiguous and packed.shape == (groups, blocks, m)
+        np.testing.assert_array_equal(packed.swapaxes(-1, -2), values)

@@ -31,15 +31,18 @@ class Calls:
 
     def _prepare(self, product: Product, one: Operands) -> _Call:
         status = ctypes.c_int(0)
-        handle = self._create(product, one, status)
+        kept: list[Any] = []
+        handle = self._create(product, one, status, kept)
         if not handle:
             text = self._library.cpgemm_cutlass_status(status).decode()
             raise Absent(f"CUTLASS refuses: {text}")
-        call = _Call(self._library, handle)
+        call = _Call(self._library, handle, kept)
         weakref.finalize(call, self._library.cpgemm_cutlass_destroy, ctypes.c_void_p(handle))
         return call
 
-    def _create(self, product: Product, one: Operands, status: ctypes.c_int) -> int | None:
+    def _create(
+        self, product: Product, one: Operands, status: ctypes.c_int, kept: list[Any]
+    ) -> int | None:
         import cupy
 
         case = product.case
@@ -53,13 +56,28 @@ class Calls:
             )
             return made or None
         counts = (ctypes.c_int * case.groups)(*product.rows)
-        # Contiguous groups share one array of scales; masked ones have an array each.
-        step = case.m if case.suite == "contiguous" else int(one.a.scales.strides[0]) // 4
+        packed = packed_scales(one.a.scales, case.groups, case.m)
+        kept.append(packed)
+        pointers[2] = ctypes.c_void_p(pointer(packed))
         made = self._library.cpgemm_cutlass_grouped_create(
-            *pointers, counts, case.groups, case.n, case.k, product.row_room, step, pitch, sms,
-            ctypes.byref(status),
+            *pointers, counts, case.groups, case.n, case.k, product.row_room,
+            packed.shape[1] * case.m, case.m, sms, ctypes.byref(status),
         )  # fmt: skip
         return made or None
+
+
+def packed_scales(scales: Any, groups: int, m: int) -> Any:
+    """Scales of A as (groups, k-blocks, m), without gaps.
+
+    CUTLASS's grouped collective goes from k-block to k-block by the rows of the group, whatever the
+    strides that it is given: each group needs a matrix of its own, as high as the group.
+    ``scales``: (groups, rows, k-blocks) with m rows or more, or (groups * m, k-blocks).
+    """
+    if scales.ndim == 3:
+        by_group = scales[:, :m].swapaxes(-1, -2)
+    else:
+        by_group = scales.T.reshape(-1, groups, m).swapaxes(0, 1)
+    return by_group.copy(order="C")
 
 
 def cutlass(
@@ -85,9 +103,10 @@ def cutlass(
 
 
 class _Call:
-    def __init__(self, library: Any, handle: int) -> None:
+    def __init__(self, library: Any, handle: int, kept: list[Any]) -> None:
         import cupy
 
+        self._kept = kept  # what the handle points to
         self._library, self._handle = library, ctypes.c_void_p(handle)
         self._run, self._stream = library.cpgemm_cutlass_run, cupy.cuda.get_current_stream
 
