@@ -97,7 +97,7 @@ def test_share_answers_the_whole_protocol() -> None:
     if not versioned_numpy():
         pytest.skip(f"NumPy {np.__version__} has the old protocol only")
     array = filled((4,), BF16)
-    with pytest.raises(RuntimeError, match="stream"):
+    with pytest.raises((RuntimeError, ValueError), match="stream"):  # by the version of NumPy
         share(array).__dlpack__(stream=1)  # the CPU has none
     copied = abi.take(share(array).__dlpack__(max_version=(1, 0), copy=True))
     assert copied.address != array.ctypes.data and copied.dtype == (4, 16, 1)
