@@ -13,8 +13,10 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
+from types import ModuleType
 
 from cpgemm import env
 from cpgemm.errors import CompileError, DeviceError, MissingDependencyError, reject
@@ -28,6 +30,7 @@ _LOCATION = re.compile(r"^([^\s(][^\n(]*)\((\d+)\): (?:catastrophic )?error", re
 _CONTEXT = 3
 _SHOWN_ERRORS = 3
 _NVCC_SECONDS = 300
+_IMPORT_LOCK = threading.Lock()
 
 
 class Toolchain(abc.ABC):
@@ -69,11 +72,8 @@ class Nvrtc(Toolchain):
         )
 
     def compile(self, source: KernelSource, arch: str) -> tuple[bytes, str, float]:
-        try:
-            from cuda.core import Program, ProgramOptions
-        except ImportError as error:
-            raise _missing("cuda-core", error) from error
-        options = ProgramOptions(
+        core = _cuda_core()
+        options = core.ProgramOptions(
             name=f"{source.name}.cu",
             arch=arch,
             std="c++17",
@@ -88,7 +88,7 @@ class Nvrtc(Toolchain):
         logs = io.StringIO()
         start = time.perf_counter()
         try:
-            code = Program(source.text, "c++", options).compile("cubin", logs=logs)
+            code = core.Program(source.text, "c++", options).compile("cubin", logs=logs)
         except Exception as error:
             # cuda.core puts the program log into the message and keeps its error class private.
             log = _clean(logs.getvalue() + str(error).partition("compilation log:")[2])
@@ -165,6 +165,18 @@ def toolchain(name: str | None = None) -> Toolchain:
     if chosen == "nvcc":
         return Nvcc()
     reject("compiler", "must be 'nvrtc' or 'nvcc'", repr(chosen), "Leave it out for the default.")
+
+
+def _cuda_core() -> ModuleType:
+    """cuda.core, whole: it copies its names from a versioned module while it is being imported, and
+    of threads that import it at once all but the first can get it without them.
+    """
+    with _IMPORT_LOCK:
+        try:
+            import cuda.core
+        except ImportError as error:
+            raise _missing("cuda-core", error) from error
+        return cuda.core
 
 
 @functools.lru_cache(maxsize=1)

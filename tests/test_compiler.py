@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -186,6 +187,36 @@ def test_eight_threads_compile_once() -> None:
     with ThreadPoolExecutor(8) as pool:
         cached = list(pool.map(work, range(8)))
     assert cached.count(False) == 1 and compile_count() == before + 1
+
+
+FIRST_COMPILES = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from cpgemm.compiler import compile_kernel
+from tiny_kernels import fresh_copy
+
+barrier = threading.Barrier(4)
+
+def work(i):
+    barrier.wait(60)
+    return compile_kernel(fresh_copy(i)).cached
+
+with ThreadPoolExecutor(4) as pool:
+    assert list(pool.map(work, range(4))) == [False] * 4
+"""
+
+
+def test_the_first_compiles_of_a_process_in_four_threads() -> None:
+    """Threads that import cuda.core at the same time could find it without its names."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_COMPILES],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_freeze() -> None:
