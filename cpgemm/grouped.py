@@ -70,10 +70,10 @@ def grouped_gemm_contiguous(
     hold, NaN included; their rows of ``out`` stay as they are, or become zero with
     ``fill_padding``.  When ``out`` is made here, they hold anything without it.
 
-    One launch; sizes are read on the device.  For sizes that break the
-    rules nothing outside ``out`` is written: ranges are clamped to the rows there are, reversed
-    ones are empty, an aligned block whose first index names no group is padding.
-    ``CPGEMM_CHECK=1`` checks them first, and waits for the stream; NumPy arrays are always checked.
+    One launch; sizes are read on the device.  For sizes that break the rules nothing outside of
+    ``out`` is written: ranges are clamped to the rows there are, reversed ones are empty, an
+    aligned block whose first index names no group is padding.  ``CPGEMM_CHECK=1`` checks them
+    first, and waits for the stream; NumPy arrays are always checked.
 
     Returns ``out``.  Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError`` before
     anything is launched or written.
@@ -118,8 +118,8 @@ def grouped_gemm_masked(
     ``expected_m``, about how many rows a group has, is DeepGEMM's hint; it is checked but not
     needed: the kernel looks at the counts and chooses its tiles itself.
 
-    One launch; counts are read on the device.  Counts below 0 are taken as
-    0, counts above M_max as M_max; ``CPGEMM_CHECK=1`` checks them first, and waits for the stream.
+    One launch; counts are read on the device.  Counts below 0 are taken as 0, counts above M_max as
+    M_max; ``CPGEMM_CHECK=1`` checks them first, and waits for the stream.
 
     Returns ``out``.  Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError`` before
     anything is launched or written.

@@ -5,7 +5,8 @@
 //              stmatrix free of bank conflicts).
 // store_staged issues the TMA stores of a staged warpgroup tile.
 // copy_staged  copies some of its rows with ordinary stores.
-// store_direct writes float32 pairs from registers: the 4 lanes of a quad fill whole 32-byte sectors.
+// store_direct writes pairs of elements from registers: in float32 the 4 lanes of a quad fill whole
+//              32-byte sectors, in bfloat16 (a split kernel has no tile to stage) half of one.
 #pragma once
 
 #include "ptx.cuh"
@@ -39,35 +40,25 @@ __device__ __forceinline__ void add_c(
     }
 }
 
-template <int kN>
-__device__ __forceinline__ void store_direct(
-    const float (&total)[kN / 2], float* d, long long pitch, int row, int column, int m, int n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        if (row + 8 * half >= m) continue;
-        float* line = d + static_cast<long long>(row + 8 * half) * pitch;
-#pragma unroll
-        for (int j = 0; j < kN / 8; ++j) {
-            if (column + 8 * j < n) {
-                *reinterpret_cast<float2*>(line + column + 8 * j) =
-                    make_float2(total[4 * j + 2 * half], total[4 * j + 2 * half + 1]);
-            }
-        }
-    }
+__device__ __forceinline__ void store_pair(float* pointer, float x, float y) {
+    *reinterpret_cast<float2*>(pointer) = make_float2(x, y);
 }
 
-template <int kN>
+__device__ __forceinline__ void store_pair(u16* pointer, float x, float y) {
+    *reinterpret_cast<u32*>(pointer) = ptx::pack_bfloat16(x, y);
+}
+
+template <int kN, typename Element>
 __device__ __forceinline__ void store_direct(
-    const float (&total)[kN / 2], u16* d, long long pitch, int row, int column, int m, int n) {
+    const float (&total)[kN / 2], Element* d, long long pitch, int row, int column, int m, int n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         if (row + 8 * half >= m) continue;
-        u16* line = d + static_cast<long long>(row + 8 * half) * pitch;
+        Element* line = d + static_cast<long long>(row + 8 * half) * pitch;
 #pragma unroll
         for (int j = 0; j < kN / 8; ++j) {
             if (column + 8 * j < n) {
-                *reinterpret_cast<u32*>(line + column + 8 * j) =
-                    ptx::pack_bfloat16(total[4 * j + 2 * half], total[4 * j + 2 * half + 1]);
+                store_pair(line + column + 8 * j, total[4 * j + 2 * half], total[4 * j + 2 * half + 1]);
             }
         }
     }
