@@ -91,9 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--accumulate", action="store_true", help="with a C operand")
     explain.set_defaults(handler=_explain)
 
-    from cpgemm.bench.cli import add_parser
+    from cpgemm import tune_cli
+    from cpgemm.bench import cli
 
-    add_parser(commands)
+    tune_cli.add_parser(commands)
+    cli.add_parser(commands)
     return parser
 
 

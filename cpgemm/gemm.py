@@ -31,7 +31,16 @@ from cpgemm.scaled import BLOCK, ScaledTensor, is_cupy, pointer, require_scaled
 from cpgemm.streams import working_stream
 from cpgemm.tma import matrix_map, row_pitch, tensor_map
 
-__all__ = ["GemmPlan", "gemm", "gemm_nn", "gemm_nt", "gemm_tn", "gemm_tt", "plan_gemm"]
+__all__ = [
+    "GemmPlan",
+    "current_machine",
+    "gemm",
+    "gemm_nn",
+    "gemm_nt",
+    "gemm_tn",
+    "gemm_tt",
+    "plan_gemm",
+]
 
 
 class GemmPlan:
@@ -149,7 +158,7 @@ def _plan(problem: GemmProblem, config: KernelConfig | None, machine: Machine) -
     return GemmPlan(problem, config or choose(problem, machine), machine)
 
 
-def _current_machine() -> Machine:
+def current_machine() -> Machine:
     """The current GPU when CuPy has one, otherwise the H200 that the model was fitted to."""
     try:
         import cupy
@@ -176,7 +185,7 @@ def plan_gemm(
     problem = GemmProblem(m, n, k, out_dtype, accumulate)
     if 0 in (problem.m, problem.n, problem.k):
         reject("m, n, k", "must not be 0 in a plan", (m, n, k), "Call cpgemm.gemm, which returns.")
-    return _plan(problem, config, _current_machine())
+    return _plan(problem, config, current_machine())
 
 
 def gemm(

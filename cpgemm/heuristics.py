@@ -43,6 +43,7 @@ __all__ = [
     "configurations",
     "deepest",
     "explain",
+    "predict",
 ]
 
 _Config = TypeVar("_Config", bound=KernelConfig)
@@ -322,3 +323,8 @@ def _explain(problem: GemmProblem, machine: Machine) -> Explanation:
 def choose(problem: GemmProblem, machine: Machine = H200) -> KernelConfig:
     """The configuration that the model predicts to be fastest."""
     return _explain(problem, machine).choice.config
+
+
+def predict(problem: GemmProblem, config: KernelConfig, machine: Machine = H200) -> Candidate:
+    """The prediction for one configuration, for those that ``explain`` leaves out too."""
+    return _predict(problem, config, machine)

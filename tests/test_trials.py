@@ -1,0 +1,141 @@
+"""Operands in shared memory, the check of results, the two rounds of a contest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_trials import FakeTrials
+
+from cpgemm.errors import DeviceError
+from cpgemm.heuristics import H200, choose, configurations, predict
+from cpgemm.layout import byte_range
+from cpgemm.problem import OUT_DTYPES, GemmProblem
+from cpgemm.reference import gemm_reference
+from cpgemm.timing import rotations
+from cpgemm.trials import (
+    OperandMemory,
+    candidates,
+    contest,
+    sample_of,
+    wanted,
+    why_wrong,
+)
+
+SHAPES = [(1, 256, 512), (130, 264, 528), (300, 8, 16), (65, 136, 1040)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_operands_obey_the_rules_and_do_not_overlap(dtype: Any, accumulate: bool) -> None:
+    problems = [GemmProblem(*shape, dtype, accumulate) for shape in SHAPES]
+    memory = OperandMemory(problems, seed=3, xp=np)
+    for problem in problems:
+        sets = memory.sets(problem)
+        assert len(sets) == rotations(problem.bytes)
+        ranges = []
+        for one in sets:
+            # Every rule of gemm, outputs against inputs included.
+            assert GemmProblem.of(one.a, one.b, one.out, one.c, dtype) == problem
+            arrays = [one.a.data, one.a.scales, one.b.data, one.b.scales, one.out]
+            arrays += [] if one.c is None else [one.c]
+            ranges += [byte_range(array) for array in arrays]
+        ranges.sort()
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+        first, second = sets[0].a.data.view(np.uint8), sets[1].a.data.view(np.uint8)
+        assert not np.array_equal(first, second), "the sets are different memory and values"
+        if problem.m > 1:
+            assert not np.array_equal(first[0], first[1]), "rows differ"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_right_results_are_right_and_wrong_ones_are_not(dtype: Any, accumulate: bool) -> None:
+    problem = GemmProblem(130, 264, 528, dtype, accumulate)
+    one = OperandMemory([problem], seed=4, xp=np).sets(problem)[0]
+    sample = sample_of(problem)
+    assert sample[0][-1] == 129 and sample[1][-1] == 263, "tails are looked at"
+    exact = wanted(one, sample)
+    one.out[...] = gemm_reference(one.a, one.b, c=one.c, out_dtype=dtype)
+    assert why_wrong(one.out, sample, exact) is None
+    right = one.out.copy()
+    one.out[...] = right * np.asarray(1.02, OUT_DTYPES[dtype])
+    assert "off by 0.0" in str(why_wrong(one.out, sample, exact))
+    one.out[...] = np.roll(right, 1, axis=0)
+    assert "off by" in str(why_wrong(one.out, sample, exact))
+    one.out[...] = right
+    one.out[77, 100] = np.nan
+    assert "not written everywhere" in str(why_wrong(one.out, sample, exact))
+
+
+def test_candidates_begin_with_the_choice_and_leave_out_the_hopeless() -> None:
+    problem = GemmProblem(4096, 7168, 2048)
+    offered = candidates(problem, H200)
+    names = [config.name for config, _ in offered]
+    assert names[0] == choose(problem).name and len(set(names)) == len(names)
+    least = min(us for _, us in offered)
+    left = {c for c in configurations("bfloat16") if c.name not in names}
+    assert left and all(predict(problem, c).predicted_us >= 3 * least for c in left)
+    assert [us for _, us in offered[1:]] == sorted(us for _, us in offered[1:])
+    assert [config.name for config, _ in candidates(problem, H200, 3)] == names[:3]
+
+
+def _by_name(slow: dict[str, float]) -> FakeTrials:
+    return FakeTrials(lambda _problem, config: slow.get(config.name, 100.0))
+
+
+def test_a_contest_times_slow_ones_once() -> None:
+    problem = GemmProblem(4096, 7168, 2048)
+    names = [config.name for config, _ in candidates(problem, H200)]
+    trials = _by_name({names[1]: 80.0, names[2]: 121.0, names[3]: 119.0})
+    outcome = contest(trials, problem, H200, rounds=7, window_ms=5.0, order=random.Random(1))
+    assert [(posed, windows) for posed, _, windows in trials.rounds] == [(problem, 2), (problem, 7)]
+    assert trials.rounds[0][1] == names
+    assert names[2] not in trials.rounds[1][1] and names[3] in trials.rounds[1][1]
+    assert (outcome.choice, outcome.best) == (names[0], names[1])
+    assert outcome.ratio == pytest.approx(1.25)
+    assert set(outcome.timings) == set(names) == set(outcome.predicted_us)
+
+
+def test_the_choice_is_always_timed_again() -> None:
+    problem = GemmProblem(64, 2112, 7168)
+    choice = choose(problem).name
+    trials = _by_name({choice: 900.0})
+    outcome = contest(trials, problem, H200, rounds=3, window_ms=1.0, order=random.Random(1))
+    assert choice in outcome.finalists and outcome.ratio == pytest.approx(9.0)
+
+
+def test_wrong_results_are_not_timed() -> None:
+    problem = GemmProblem(64, 2112, 7168)
+    choice = choose(problem).name
+    trials = _by_name({choice: 1.0})
+    trials.wrong = lambda config: "off by 1" if config.name == choice else None
+    outcome = contest(trials, problem, H200, rounds=3, window_ms=1.0, order=random.Random(1))
+    assert dict(outcome.wrong) == {choice: "off by 1"} and choice not in outcome.timings
+    assert outcome.best != choice and math.isinf(outcome.ratio)
+    trials.wrong = lambda _config: "off by 1"
+    with pytest.raises(DeviceError, match="one kernel at least must give a right result"):
+        contest(trials, problem, H200, rounds=3, window_ms=1.0, order=random.Random(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gpu_trials(dtype: Any) -> None:
+    from cpgemm.gemm import current_machine
+    from cpgemm.trials import GpuTrials
+
+    problems = [GemmProblem(*s, dtype, True) for s in [(1, 256, 512), (130, 264, 1040)]]
+    machine = current_machine()
+    trials = GpuTrials(problems, machine, seed=5)
+    for problem in problems:
+        outcome = contest(
+            trials, problem, machine, rounds=3, window_ms=0.5, order=random.Random(1)
+        )  # fmt: skip
+        assert not outcome.wrong and outcome.ratio >= 1
+        assert all(timing.median_us > 0.5 for timing in outcome.timings.values())
+    trials._sets[0].b.scales[0, 0] *= 100
+    assert trials.why_wrong(choose(problems[-1], machine)) is not None, "not what was expected"
