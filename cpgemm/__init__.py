@@ -28,10 +28,11 @@ from cpgemm.errors import (
 )
 from cpgemm.gemm import GemmPlan, gemm, gemm_nn, gemm_nt, gemm_tn, gemm_tt, plan_gemm
 from cpgemm.grouped import contiguous_alignment, grouped_gemm_contiguous, grouped_gemm_masked
-from cpgemm.heuristics import explain
 from cpgemm.problem import GemmProblem
 from cpgemm.quantize import quantize
 from cpgemm.scaled import ScaledTensor
+from cpgemm.tuned import explain
+from cpgemm.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "plan_gemm",
     "quantize",
     "save_safetensors",
+    "tune",
 ]
 
 _SUBMODULES = ("deep_gemm", "dlpack", "jax", "moe", "torch")

@@ -29,6 +29,7 @@ from typing import Any
 
 from cpgemm import env
 from cpgemm.errors import CompileError, DeviceError, FrozenError, MissingDependencyError, reject
+from cpgemm.locking import locked
 from cpgemm.problem import HOPPER
 from cpgemm.render import KernelSource
 from cpgemm.resources import ResourceReport, parse_report
@@ -296,28 +297,17 @@ def _writable_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of one kernel.  A new lock object each time: threads exclude each other too."""
-    try:
-        import filelock
-    except ImportError as error:
-        raise MissingDependencyError(
-            "filelock: compiling into the shared cache needs it; it is not installed. "
-            'Run: pip install "cpgemm[cuda12]" (or cuda13).'
-        ) from error
-    with _writable_cache():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(str(path), timeout=_LOCK_SECONDS)
-        try:
-            lock.acquire()
-        except filelock.Timeout as error:
-            raise CompileError(
-                f"{path}: another process has held this lock for {_LOCK_SECONDS:.0f} s; end it, or "
-                "set CPGEMM_CACHE_DIR to another folder"
-            ) from error
-    try:
+    """Hold the lock of one kernel."""
+    with contextlib.ExitStack() as held:
+        with _writable_cache():
+            try:
+                held.enter_context(locked(path, _LOCK_SECONDS))
+            except TimeoutError as error:
+                raise CompileError(
+                    f"{path}: another process has held this lock for {_LOCK_SECONDS:.0f} s; end "
+                    "it, or set CPGEMM_CACHE_DIR to another folder"
+                ) from error
         yield
-    finally:
-        lock.release()
 
 
 def _cupy() -> Any:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-__all__ = ["positive", "print_table", "progress"]
+__all__ = ["counted", "positive", "print_table", "progress", "table_text"]
 
 _NARROWEST = 20  # columns of a terminal that a wrapped cell gets at least
 
@@ -24,18 +24,26 @@ def positive(text: str) -> int:
     return value
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 shape``, ``2 shapes``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers: Sequence[str] = (),
+    whole: Sequence[str] = (),
 ) -> None:
     """Print ``rows`` under ``columns`` on stdout; columns named in ``numbers`` align right.
 
-    On a terminal, text columns after the first wrap; names and numbers never do.  Where those alone
-    are too wide, plain lines are printed, which the terminal breaks and the user can widen.
+    On a terminal, text columns after the first wrap, but for those named in ``whole``; names and
+    numbers never do.  Where those alone are too wide, plain lines are printed, which the terminal
+    breaks and the user can widen.
     """
-    widths = [
-        max([len(column), *(len(row[at]) for row in rows)]) for at, column in enumerate(columns)
-    ]
-    fixed = [at == 0 or column in numbers for at, column in enumerate(columns)]
+    widths = _widths(columns, rows)
+    fixed = [at == 0 or column in (*numbers, *whole) for at, column in enumerate(columns)]
     if sys.stdout.isatty() and _has_rich():
         from rich import box
         from rich.console import Console
@@ -57,12 +65,28 @@ def print_table(
                 table.add_row(*(Text(cell) for cell in row))
             console.print(table)
             return
+    print(table_text(columns, rows, numbers=numbers))
+
+
+def table_text(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()
+) -> str:
+    """The table as plain lines; columns named in ``numbers`` align right."""
+    widths = _widths(columns, rows)
+    lines = []
     for line in (columns, *rows):
         cells = [
             cell.rjust(width) if column in numbers else cell.ljust(width)
             for cell, width, column in zip(line, widths, columns, strict=True)
         ]
-        print("  ".join(cells).rstrip())
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [
+        max([len(column), *(len(row[at]) for row in rows)]) for at, column in enumerate(columns)
+    ]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@
                         read when operands are new, ``settings.set_pdl`` changes it for all
 ``CPGEMM_CHECK``        ``1`` downloads and checks the index arrays of grouped GEMMs on a GPU, which
                         waits for the stream (default ``0``: their contents are never read)
+``CPGEMM_TUNED``        ``0`` leaves every choice of a kernel to the cost model; a path names the
+                        file of measured choices (default: one for each GPU model in the cache)
 ======================  =======================================================================
 
 Variables are read when they are needed, so that a test or a notebook can change them.
@@ -22,7 +24,17 @@ from pathlib import Path
 
 from cpgemm.errors import reject
 
-__all__ = ["cache_dir", "check", "compiler", "header_dir", "nvcc_path", "pdl", "template_dir"]
+__all__ = [
+    "cache_dir",
+    "check",
+    "compiler",
+    "header_dir",
+    "nvcc_path",
+    "pdl",
+    "template_dir",
+    "tuned",
+    "tuned_file",
+]
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -92,3 +104,14 @@ def pdl() -> bool:
 def check() -> bool:
     """Whether grouped GEMMs download and check their index arrays."""
     return _flag("CPGEMM_CHECK", "Unset it for calls that never wait.")
+
+
+def tuned() -> bool:
+    """Whether measured choices of kernels take part."""
+    return os.environ.get("CPGEMM_TUNED", "").strip() != "0"
+
+
+def tuned_file() -> Path | None:
+    """The file of measured choices that the user named; None for that of the cache."""
+    chosen = os.environ.get("CPGEMM_TUNED", "").strip()
+    return None if chosen in ("", "0", "1") else Path(chosen).expanduser()

@@ -21,7 +21,7 @@ from cpgemm.compiler import load_kernel
 from cpgemm.config import KernelConfig, SplitKernelConfig
 from cpgemm.dlpack import Framework, as_framework, as_native, empty
 from cpgemm.errors import ArgumentTypeError, reject
-from cpgemm.heuristics import H200, Explanation, Machine, choose, explain
+from cpgemm.heuristics import H200, Explanation, Machine
 from cpgemm.kernels import gemm_source
 from cpgemm.launch import PreparedLaunch
 from cpgemm.problem import OUT_DTYPES, GemmProblem, OutDtype, infer_out_dtype
@@ -30,6 +30,7 @@ from cpgemm.render import KernelSource
 from cpgemm.scaled import BLOCK, ScaledTensor, is_cupy, pointer, require_scaled
 from cpgemm.streams import working_stream
 from cpgemm.tma import matrix_map, row_pitch, tensor_map
+from cpgemm.tuned import choose, explain
 
 __all__ = [
     "GemmPlan",
@@ -154,8 +155,8 @@ class GemmPlan:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: GemmProblem, config: KernelConfig | None, machine: Machine) -> GemmPlan:
-    return GemmPlan(problem, config or choose(problem, machine), machine)
+def _plan(problem: GemmProblem, config: KernelConfig, machine: Machine) -> GemmPlan:
+    return GemmPlan(problem, config, machine)
 
 
 def current_machine() -> Machine:
@@ -185,7 +186,8 @@ def plan_gemm(
     problem = GemmProblem(m, n, k, out_dtype, accumulate)
     if 0 in (problem.m, problem.n, problem.k):
         reject("m, n, k", "must not be 0 in a plan", (m, n, k), "Call cpgemm.gemm, which returns.")
-    return _plan(problem, config, current_machine())
+    machine = current_machine()
+    return _plan(problem, config or choose(problem, machine), machine)
 
 
 def gemm(
@@ -273,7 +275,8 @@ def _checked(a: Any, b: Any, out: Any, c: Any, out_dtype: Any, key: Hashable) ->
         if problem.k == 0 and native_out.size:
             _fill(native_out, native_c)
         elif native_out.size:
-            plan = _plan(problem, None, Machine.of_device(a.data.data.device_id))
+            machine = Machine.of_device(a.data.data.device_id)
+            plan = _plan(problem, choose(problem, machine), machine)
             launch = plan.prepare(a, b, native_out, native_c, framework)
             if key is not None:
                 _ready.put(key, launch)

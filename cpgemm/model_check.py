@@ -21,13 +21,15 @@ from typing import Any
 
 from cpgemm.heuristics import Machine
 from cpgemm.problem import GemmProblem, OutDtype
-from cpgemm.trials import Contest, Trials, contest
+from cpgemm.trials import Contest, Trials, contest, short_name
 
 __all__ = ["ModelCheck", "check_model", "random_problems"]
 
 SCHEMA = 1
 LIMIT_PCT = 5.0
 """A choice within this of the best one is a good one."""
+
+ROUNDS, WINDOW_MS = 7, 5.0
 
 _ROWS, _COLUMNS, _DEPTHS = (1, 8192), (256, 32768), (512, 16384)
 _USUAL, _LEAST_N, _LEAST_K = 128, 8, 16
@@ -109,11 +111,12 @@ class ModelCheck:
         for one in self.worst()[:_WORST]:
             p, chosen = one.problem, one.timings.get(one.choice)
             rows.append((
-                f"{p.m}x{p.n}x{p.k}", one.choice, f"{chosen.median_us:.1f}" if chosen else "wrong",
-                one.best, f"{one.timings[one.best].median_us:.1f}",
+                f"{p.m}x{p.n}x{p.k}", short_name(one.choice),
+                f"{chosen.median_us:.1f}" if chosen else "wrong",
+                short_name(one.best), f"{one.timings[one.best].median_us:.1f}",
                 f"{100 * (one.ratio - 1):.1f} %" if math.isfinite(one.ratio) else "",
             ))  # fmt: skip
-        print_table(columns, rows, numbers=("us", "slower by"))
+        print_table(columns, rows, numbers=("us", "slower by"), whole=columns)
         ratios = [one.ratio for one in self.contests if math.isfinite(one.ratio)]
         mean = 100 * (statistics.geometric_mean(ratios) - 1) if ratios else math.nan
         print(
@@ -142,8 +145,8 @@ def check_model(
     machine: Machine,
     *,
     seed: int,
-    rounds: int = 7,
-    window_ms: float = 5.0,
+    rounds: int = ROUNDS,
+    window_ms: float = WINDOW_MS,
     limit_s: float = math.inf,
     done: Callable[[str], None] = lambda _name: None,
     into: ModelCheck | None = None,

@@ -1,6 +1,6 @@
-"""Settings of the process that change how kernels are launched.
+"""Settings of the process that change which kernels are launched, and how.
 
-Both may be changed at any time and hold from the next call on; CUDA graphs keep what they were
+They may be changed at any time and hold from the next call on; CUDA graphs keep what they were
 captured with.
 """
 
@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 from cpgemm import env
 
-__all__ = ["on_change", "pdl", "set_pdl", "set_sms", "sms"]
+__all__ = ["changed", "on_change", "pdl", "set_pdl", "set_sms", "set_tuned", "sms", "tuned"]
 
 _pdl: bool | None = None
 _sms: int | None = None
+_tuned: bool | None = None
 _listeners: list[weakref.ref[Callable[[], None]]] = []
 
 
@@ -27,7 +28,7 @@ def set_pdl(enabled: bool | None) -> None:
     """Launch products with programmatic dependent launch, or not; None: as ``CPGEMM_PDL`` says."""
     global _pdl
     _pdl = enabled
-    _changed()
+    changed()
 
 
 def sms() -> int | None:
@@ -39,7 +40,19 @@ def set_sms(limit: int | None) -> None:
     """Let products use ``limit`` multiprocessors at most; None: all."""
     global _sms
     _sms = limit
-    _changed()
+    changed()
+
+
+def tuned() -> bool:
+    """Whether choices of kernels that ``cpgemm.tune`` measured take part."""
+    return env.tuned() if _tuned is None else _tuned
+
+
+def set_tuned(enabled: bool | None) -> None:
+    """Let measured choices take part, or not; None: as ``CPGEMM_TUNED`` says."""
+    global _tuned
+    _tuned = enabled
+    changed()
 
 
 def on_change(forget: Callable[[], None]) -> None:
@@ -47,7 +60,8 @@ def on_change(forget: Callable[[], None]) -> None:
     _listeners.append(weakref.WeakMethod(forget))
 
 
-def _changed() -> None:
+def changed() -> None:
+    """Tell all who remember launches or choices that these may be different now."""
     _listeners[:] = [listener for listener in _listeners if listener() is not None]
     for listener in list(_listeners):
         forget = listener()

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,9 +22,9 @@ import numpy as np
 
 from cpgemm.config import KernelConfig
 from cpgemm.demo import largest_errors, relative_error, stratified
-from cpgemm.errors import CompileError, DeviceError
+from cpgemm.errors import CompileError, DeviceError, reject
 from cpgemm.gemm import GemmPlan
-from cpgemm.heuristics import Machine, choose, configurations, predict
+from cpgemm.heuristics import Machine, configurations, explain, predict
 from cpgemm.layout import BLOCK, Array, fp8_view, scale_pitch
 from cpgemm.problem import OUT_DTYPES, GemmProblem
 from cpgemm.quantize import quantize
@@ -31,14 +32,23 @@ from cpgemm.reference import exact_product
 from cpgemm.scaled import ScaledTensor
 from cpgemm.timing import Timing, rotations, time_interleaved
 
-__all__ = ["Contest", "GpuTrials", "OperandMemory", "OperandSet", "Trials", "candidates", "contest"]
+__all__ = [
+    "Contest",
+    "GpuTrials",
+    "OperandMemory",
+    "OperandSet",
+    "Trials",
+    "candidates",
+    "contest",
+    "short_name",
+]
 
 _POOL = 4194301  # prime, so that no two rows of a matrix repeat
 _ALIGNMENT = 256  # bytes, of every operand
 _SAMPLED_ROWS, _SAMPLED_COLUMNS = 32, 128  # of a result, the last ones besides
 _NAN_BITS = 0xFFFF  # a NaN of either dtype, so that what is not written shows
 
-_HOPELESS = 3.0  # times the best prediction: not even tried
+_HOPELESS = 3.0  # times the prediction for the model's choice: not even tried
 _QUICK_WINDOWS, _QUICK_WINDOW_MS = 2, 0.5
 _SLOW = 1.5  # times the best of the quick round: not timed again
 
@@ -313,21 +323,39 @@ class Contest:
         return self.timings[self.choice].median_us / self.timings[self.best].median_us
 
 
-def candidates(problem: GemmProblem, machine: Machine, best: int | None = None) -> list[Any]:
-    """(configuration, predicted microseconds) of all that can run ``problem``, best first.
+def short_name(name: str) -> str:
+    """A configuration's name without its output dtype, for tables of one dtype."""
+    return re.sub(f"_({'|'.join(OUT_DTYPES)})$", "", name)
 
-    All but those that are predicted to be hopeless (three times the best and more), or the ``best``
-    first ones; the model's choice always.
+
+def candidates(problem: GemmProblem, machine: Machine, best: int | None = None) -> list[Any]:
+    """(configuration, predicted microseconds) of what can run ``problem``, the model's choice first.
+
+    Those that the model considers come in its order, then all others: it may be wrong about them.
+    Left out are those predicted to take three times as long as its choice.  ``best``: only the
+    first ones.
     """
-    chosen = choose(problem, machine)
-    found = [
-        (config, predict(problem, config, machine).predicted_us)
+    if best is not None and best < 1:
+        reject("best", "must be at least 1", best, "Leave it out for all candidates.")
+    p = problem
+    considered = explain(
+        p.m, p.n, p.k, out_dtype=p.out_dtype, accumulate=p.accumulate, machine=machine
+    ).candidates
+    names = {candidate.config.name for candidate in considered}
+    others = [
+        predict(problem, config, machine)
         for config in configurations(problem.out_dtype)
-        if config.why_not(problem) is None and config.cluster <= machine.sms
+        if config.name not in names
+        and config.why_not(problem) is None
+        and config.cluster <= machine.sms
     ]
-    found.sort(key=lambda pair: (pair[0] != chosen, pair[1]))
-    limit = _HOPELESS * min(us for _, us in found)
-    return [pair for pair in found[:best] if pair[1] < limit or pair[0] == chosen]
+    others.sort(key=lambda candidate: candidate.predicted_us)
+    limit = _HOPELESS * considered[0].predicted_us
+    return [
+        (candidate.config, candidate.predicted_us)
+        for candidate in (*considered, *others)[:best]
+        if candidate.predicted_us < limit
+    ]
 
 
 def contest(
@@ -339,11 +367,13 @@ def contest(
     window_ms: float,
     order: random.Random,
     best: int | None = None,
+    done: Callable[[str], None] = lambda _name: None,
 ) -> Contest:
     """Try the candidates for ``problem``.
 
     ``rounds`` windows of ``window_ms`` milliseconds in the long round, in an order that ``order``
-    decides.  ``best``: only the first ones by the model.  Raises ``DeviceError`` when no candidate
+    decides.  ``best``: only the first ones by the model.  ``done`` is called with the name of each
+    candidate when its result has been checked.  Raises ``DeviceError`` when no candidate
     gives a right result.
     """
     offered = candidates(problem, machine, best)
@@ -357,6 +387,7 @@ def contest(
             right.append(config)
         else:
             wrong[config.name] = why
+        done(config.name)
     if not right:
         raise DeviceError(
             f"device: one kernel at least must give a right result for {problem}; got "

@@ -11,7 +11,7 @@ from cpgemm.timing import Timing, summarize
 
 
 class FakeTrials:
-    """``Trials``: ``us`` gives microseconds, windows lie ``jitter`` (a share) around them.
+    """``Trials``: ``us`` gives medians in microseconds, ``jitter`` the spread as a share of them.
 
     ``rounds`` holds what each call of ``time`` was asked for: problem, names, windows.
     """
@@ -43,7 +43,7 @@ class FakeTrials:
         timings = {}
         for config in configs:
             us = self.us(self.problem, config)
-            around = [us * (1 + self.jitter * rng.uniform(-0.5, 0.5)) for _ in range(windows - 2)]
-            ends = [us * (1 - self.jitter / 2), us * (1 + self.jitter / 2)]
-            timings[config.name] = summarize([*ends, *around])
+            taken = [us * (1 + self.jitter * (at / (windows - 1) - 0.5)) for at in range(windows)]
+            rng.shuffle(taken)
+            timings[config.name] = summarize(taken)
         return timings

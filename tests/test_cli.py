@@ -39,7 +39,7 @@ def kernel_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("demo", "doctor", "compile", "render", "explain"))
+    assert all(name in out for name in ("demo", "doctor", "compile", "render", "explain", "tune"))
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,3 +81,19 @@ def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CPGEMM_CHECK", "true")
     with pytest.raises(ArgumentError, match=r"CPGEMM_CHECK.*0 or 1.*'true'.*Unset"):
         env.check()
+
+
+def test_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for value, on, file in (
+        (None, True, None),
+        ("", True, None),
+        ("1", True, None),
+        (" 0 ", False, None),
+        (str(tmp_path / "mine.json"), True, tmp_path / "mine.json"),
+        ("~/mine.json", True, Path.home() / "mine.json"),
+    ):
+        if value is None:
+            monkeypatch.delenv("CPGEMM_TUNED", raising=False)
+        else:
+            monkeypatch.setenv("CPGEMM_TUNED", value)
+        assert (env.tuned(), env.tuned_file()) == (on, file)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
+from bench_fakes import Gpu
 from fake_trials import FakeTrials
 
 from cpgemm.errors import DeviceError
-from cpgemm.heuristics import H200, choose, configurations, predict
+from cpgemm.gemm import GemmPlan
+from cpgemm.heuristics import H200, choose, configurations, explain, predict
 from cpgemm.layout import byte_range
 from cpgemm.problem import OUT_DTYPES, GemmProblem
 from cpgemm.reference import gemm_reference
 from cpgemm.timing import rotations
 from cpgemm.trials import (
+    GpuTrials,
     OperandMemory,
     candidates,
     contest,
@@ -77,11 +81,19 @@ def test_candidates_begin_with_the_choice_and_leave_out_the_hopeless() -> None:
     offered = candidates(problem, H200)
     names = [config.name for config, _ in offered]
     assert names[0] == choose(problem).name and len(set(names)) == len(names)
-    least = min(us for _, us in offered)
     left = {c for c in configurations("bfloat16") if c.name not in names}
-    assert left and all(predict(problem, c).predicted_us >= 3 * least for c in left)
-    assert [us for _, us in offered[1:]] == sorted(us for _, us in offered[1:])
+    assert left and all(predict(problem, c).predicted_us >= 3 * offered[0][1] for c in left)
     assert [config.name for config, _ in candidates(problem, H200, 3)] == names[:3]
+
+
+def test_candidates_that_the_model_does_not_consider_come_last() -> None:
+    for problem in (GemmProblem(4096, 7168, 2048), GemmProblem(33, 4096, 512)):
+        considered = [c.config for c in explain(problem.m, problem.n, problem.k).candidates]
+        offered = [config for config, _ in candidates(problem, H200)]
+        kept = [config for config in considered if config in offered]
+        assert offered[: len(kept)] == kept
+        others = [predict(problem, config).predicted_us for config in offered[len(kept) :]]
+        assert others and others == sorted(others)
 
 
 def _by_name(slow: dict[str, float]) -> FakeTrials:
@@ -122,11 +134,52 @@ def test_wrong_results_are_not_timed() -> None:
         contest(trials, problem, H200, rounds=3, window_ms=1.0, order=random.Random(1))
 
 
+def test_the_gpus_trials_with_a_stand_in_for_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches compute by the reference path; the times are those of the stand-in."""
+    problems = [GemmProblem(2, 256, 512), GemmProblem(65, 136, 144, "bfloat16", True)]
+    names = [config.name for config in configurations("bfloat16")]
+    us = {name: 20.0 + at for at, name in enumerate(names)}
+    gpu = Gpu(us)
+    module = gpu.module()
+    module.asarray, module.empty = np.asarray, np.empty
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    prepared: list[tuple[GemmProblem, str]] = []
+
+    def prepare(plan: Any, a: Any, b: Any, out: Any, c: Any, framework: str) -> Any:
+        assert framework == "cupy" and plan.machine == H200
+        prepared.append((plan.problem, plan.config.name))
+        call = gpu.call(plan.config.name)
+
+        def launch() -> None:
+            if gpu.capturing is None:
+                out[...] = gemm_reference(a, b, c=c)
+                if plan.config.name == names[-1]:
+                    out[0, 0] = np.nan
+            call()
+
+        return launch
+
+    monkeypatch.setattr(GemmPlan, "prepare", prepare)
+    trials = GpuTrials(problems, H200, seed=6)
+    for problem in problems:  # expectations of one are not those of the other
+        offered = {config.name for config, _ in candidates(problem, H200)}
+        assert names[-1] in offered
+        prepared.clear()
+        outcome = contest(trials, problem, H200, rounds=3, window_ms=0.1, order=random.Random(1))
+        assert set(outcome.wrong) == {names[-1]} and "NaN" in outcome.wrong[names[-1]]
+        assert outcome.best == min(offered - {names[-1]}, key=us.__getitem__)
+        for name, timing in outcome.timings.items():
+            assert timing.median_us == pytest.approx(us[name])
+            assert len(timing.windows) == (3 if name in outcome.finalists else 2)
+        # Each once for each set of operands, however often it is timed.
+        sets = rotations(problem.bytes)
+        assert sorted(prepared) == sorted((problem, name) for name in offered for _ in range(sets))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_gpu_trials(dtype: Any) -> None:
     from cpgemm.gemm import current_machine
-    from cpgemm.trials import GpuTrials
 
     problems = [GemmProblem(*s, dtype, True) for s in [(1, 256, 512), (130, 264, 1040)]]
     machine = current_machine()
