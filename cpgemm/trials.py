@@ -329,7 +329,7 @@ def short_name(name: str) -> str:
 
 
 def candidates(problem: GemmProblem, machine: Machine, best: int | None = None) -> list[Any]:
-    """(configuration, predicted microseconds) of what can run ``problem``, the model's choice first.
+    """(configuration, predicted microseconds) of what runs ``problem``, the model's choice first.
 
     Those that the model considers come in its order, then all others: it may be wrong about them.
     Left out are those predicted to take three times as long as its choice.  ``best``: only the
