@@ -80,13 +80,17 @@ class TuneResult:
         return "\n".join((table, "", *self._remarks()))
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in _COLUMNS)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self.rows()
-        )
+        def line(tag: str, cells: Sequence[str]) -> str:
+            sides = ("right" if column in _NUMBERS else "left" for column in _COLUMNS)
+            return "".join(
+                f'<{tag} style="text-align: {side}; padding: 2px 8px">{html.escape(cell)}</{tag}>'
+                for side, cell in zip(sides, cells, strict=True)
+            )
+
+        head = line("th", _COLUMNS)
+        body = "".join(f"<tr>{line('td', row)}</tr>" for row in self.rows())
         remarks = "<br>".join(map(html.escape, self._remarks()))
-        return f"<table><tr>{head}</tr>{body}</table><p>{remarks}</p>"
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{remarks}</p>"
 
     def _remarks(self) -> Iterator[str]:
         better = sum(choice.kernel != choice.model for choice in self.choices)

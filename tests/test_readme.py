@@ -129,7 +129,7 @@ def test_commands_parse() -> None:
         if line.startswith("python -m cpgemm")
     ]
     assert {words[3] for words in commands} == {
-        "doctor", "demo", "explain", "render", "compile", "bench",
+        "doctor", "demo", "explain", "render", "compile", "tune", "bench",
     }  # fmt: skip
     for words in commands:
         assert parser.parse_args(words[3:]).handler is not None, words

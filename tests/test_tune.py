@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,12 +16,13 @@ from test_tuned import made, write
 from tiny_kernels import ROOT, run_cli
 
 import cpgemm
-from cpgemm import heuristics, settings, tuned, tuning
-from cpgemm.__main__ import main
+from cpgemm import heuristics, settings, tune_cli, tuned, tuning
+from cpgemm.__main__ import _parser, main
 from cpgemm.errors import ArgumentError, DeviceError
 from cpgemm.heuristics import H200
 from cpgemm.problem import GemmProblem
 from cpgemm.trials import candidates
+from cpgemm.tune_cli import _problems
 from cpgemm.tuned import lookup, path_for, read_file
 from cpgemm.tuning import save, tune_problems
 
@@ -214,7 +216,7 @@ def test_from_python(gpu: FakeTrials) -> None:
     assert head.split()[:5] == ["M", "x", "N", "x", "K"] and "100.0 %" in rows[0]
     assert "2 shapes on NVIDIA H200: another kernel than the model's choice is faster on 2" in rows
     page = result._repr_html_()
-    assert page.count("<tr>") == 3 and "<td>64x2112x7168</td>" in page and "model&#x27;s" in page
+    assert page.count("<tr>") == 3 and ">64x2112x7168</td>" in page and "model&#x27;s" in page
     assert cpgemm.tune(8, 256, 512, keep=False).path is None
     assert lookup(GemmProblem(8, 256, 512)) is None
     with pytest.raises(ArgumentError, match="m, n, k: must not be 0 to be tuned"):
@@ -336,6 +338,24 @@ def test_misuse_that_argparse_sees(
     with pytest.raises(SystemExit):
         main(["tune", *args])
     assert says in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_parse() -> None:
+    page = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("python -m cpgemm ")]
+    assert len(lines) == 6
+    for line in lines:
+        args = _parser().parse_args(shlex.split(line, comments=True)[3:])
+        assert args.handler is tune_cli.run and (args.check_model or args.rows or _problems(args))
+
+
+def test_gains_within_the_spread_are_in_brackets() -> None:
+    names = [config.name for config, _ in candidates(P, H200)]
+    us = {names[0]: 10.1, names[1]: 10.0}
+    text = str(_tuned(FakeTrials(lambda _p, c: us.get(c.name, 20.0), jitter=0.02), P))
+    assert "(1.0 %)" in text and "in brackets: not more than the spread" in text
+    text = str(_tuned(FakeTrials(lambda _p, c: us.get(c.name, 20.0)), P))
+    assert "1.0 %" in text and "(" not in text
 
 
 def test_only_dense_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
