@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -43,6 +43,8 @@ __all__ = [
     "plan_gemm",
 ]
 
+Deterministic: TypeAlias = "bool | Literal['batch_invariant']"
+
 
 class GemmPlan:
     """A prepared product of one size: problem, kernel, launch configuration.
@@ -52,13 +54,20 @@ class GemmPlan:
     ``plan.config``, ``plan.source`` and ``plan.explain()`` need no GPU.
     """
 
-    def __init__(self, problem: GemmProblem, config: KernelConfig, machine: Machine) -> None:
+    def __init__(
+        self,
+        problem: GemmProblem,
+        config: KernelConfig,
+        machine: Machine,
+        static_b: bool = False,
+    ) -> None:
         refusal = config.why_not(problem)
         if refusal:
             reject("config", f"must suit {problem}", f"{config.name}: {refusal}", "Leave it out.")
         self.problem = problem
         self.config = config
         self.machine = machine
+        self.static_b = static_b
         self._ready = ReadyCalls()
 
     @property
@@ -128,9 +137,8 @@ class GemmPlan:
         map_b = matrix_map(b.data, (config.block_n // config.cluster_m, BLOCK), 128)
         scale_pitch = 4 * a.scales_pitch
         map_scale_a = tensor_map(pointer(a.scales), p.k_blocks, p.m, scale_pitch, 4, (1, rows), 0)
-        split = isinstance(config, SplitKernelConfig)
         map_d: tuple[bytes, ...] = ()
-        if not split:
+        if not isinstance(config, SplitKernelConfig):
             # The float32 kernels store from registers and never look at their map of D.
             box = config.store_box
             map_d = (matrix_map(out, box, box[1] * 2) if config.staged else map_a,)
@@ -149,14 +157,14 @@ class GemmPlan:
             np.int32(p.n),
             np.int32(p.k),
             np.int32(rows),
-            # Whether B may be read before the launch that this one depends on has ended.
-            *((np.int32(0),) if split else ()),
+            # Alone, loads of B that go first would only keep those of A waiting.
+            np.int32(self.static_b and settings.pdl()),
         )
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: GemmProblem, config: KernelConfig, machine: Machine) -> GemmPlan:
-    return GemmPlan(problem, config, machine)
+def _plan(problem: GemmProblem, config: KernelConfig, machine: Machine, static_b: bool) -> GemmPlan:
+    return GemmPlan(problem, config, machine, static_b)
 
 
 def current_machine() -> Machine:
@@ -177,21 +185,39 @@ def plan_gemm(
     out_dtype: OutDtype = "bfloat16",
     accumulate: bool = False,
     config: KernelConfig | None = None,
+    deterministic: Deterministic = True,
+    static_b: bool = False,
 ) -> GemmPlan:
     """Prepare D = C + A @ B.T for A (m, k) and B (n, k), cached.
 
-    ``accumulate`` says whether calls pass ``c``.  ``config`` overrides the choice.  Raises
-    ``ArgumentError`` for sizes that no kernel takes (k % 16, n % 8, empty) or a misfit ``config``.
+    ``accumulate`` says whether calls pass ``c``.  ``config`` overrides the choice.
+    ``deterministic`` and ``static_b`` are those of ``gemm``.  Raises ``ArgumentError`` for sizes
+    that no kernel takes (k % 16, n % 8, empty) or a misfit ``config``.
     """
+    unsplit = _unsplit(deterministic)
     problem = GemmProblem(m, n, k, out_dtype, accumulate)
     if 0 in (problem.m, problem.n, problem.k):
         reject("m, n, k", "must not be 0 in a plan", (m, n, k), "Call cpgemm.gemm, which returns.")
     machine = current_machine()
-    return _plan(problem, config or choose(problem, machine), machine)
+    if config is None:
+        config = choose(problem, machine, unsplit=unsplit)
+    elif unsplit and isinstance(config, SplitKernelConfig):
+        reject(
+            "config", "must add along K in one order for batch invariance", config.name,
+            "Leave it out.",
+        )  # fmt: skip
+    return _plan(problem, config, machine, bool(static_b))
 
 
 def gemm(
-    a: ScaledTensor, b: ScaledTensor, out: Any = None, *, c: Any = None, out_dtype: Any = None
+    a: ScaledTensor,
+    b: ScaledTensor,
+    out: Any = None,
+    *,
+    c: Any = None,
+    out_dtype: Any = None,
+    deterministic: Deterministic = True,
+    static_b: bool = False,
 ) -> Any:
     """D = C + A @ B.T from block-scaled e4m3 operands.
 
@@ -200,6 +226,12 @@ def gemm(
     address multiples of 16 bytes; ``c`` may be ``out`` itself.  ``out_dtype``: "bfloat16" or
     "float32"; by default the dtype of ``out``, else of ``c``, else bfloat16.  K is a multiple of
     16, N of 8, M anything; empty sizes do what linear algebra says (K = 0 gives C or zeros).
+
+    ``deterministic``: every run gives the same bits, in any case.  With ``"batch_invariant"`` the
+    bits of a row of D depend on nothing but that row of A (and of C) and on B: neither on M nor on
+    the other rows.  The kernels that split K are left out then, which few rows can feel.
+    ``static_b``: a promise that nothing on the stream still writes to ``b``: with programmatic
+    dependent launch (``cpgemm.settings.set_pdl``) its loads then overlap the kernel before.
 
     On a GPU: one kernel, nothing allocated but ``out``, on torch's current stream when one of the
     arrays is torch's, otherwise on CuPy's.  On the CPU: the reference path with the same semantics.
@@ -211,28 +243,46 @@ def gemm(
     if out_dtype is None:
         if out is None:
             out = _room(a, b, c)
-        key = _key(a, b, out, c)
+        key = _key(a, b, out, c, deterministic, static_b)
         launch = _ready.get(key)
         if launch is not None:
             launch()
             return out
-        return _checked(a, b, out, c, None, key)
-    return _checked(a, b, out, c, out_dtype, None)
+        return _checked(a, b, out, c, None, deterministic, static_b, key)
+    return _checked(a, b, out, c, out_dtype, deterministic, static_b, None)
 
 
 _ready = ReadyCalls()
 _results: dict[Hashable, tuple[tuple[int, int], Any]] = {}  # shape and dtype by operands
 
 
-def _key(a: Any, b: Any, out: Any, c: Any) -> Hashable:
+def _key(
+    a: Any, b: Any, out: Any, c: Any, deterministic: Deterministic = True, static_b: bool = False
+) -> Hashable:
     """What a launch depends on; None when it is not to be remembered."""
     signed = signature(out)
     if signed is None:
         return None
     if c is None:
-        return signature(a), signature(b), signed
+        return signature(a), signature(b), signed, deterministic, static_b
     read = signature(c)
-    return None if read is None else (signature(a), signature(b), signed, read)
+    if read is None:
+        return None
+    return signature(a), signature(b), signed, read, deterministic, static_b
+
+
+def _unsplit(deterministic: object) -> bool:
+    """Whether K is to be added up in one order for all M."""
+    if isinstance(deterministic, bool):
+        return False  # run to run, every kernel is deterministic
+    if deterministic == "batch_invariant":
+        return True
+    reject(
+        "deterministic",
+        'must be True or "batch_invariant"',
+        repr(deterministic),
+        "Leave it out: every run gives the same bits.",
+    )
 
 
 def _room(a: Any, b: Any, c: Any) -> Any:
@@ -243,13 +293,25 @@ def _room(a: Any, b: Any, c: Any) -> Any:
     return empty(a.framework, *made, a.data)
 
 
-def ready_gemm(a: ScaledTensor, b: ScaledTensor, out: Any, c: Any) -> PreparedLaunch | None:
+def ready_gemm(
+    a: ScaledTensor, b: ScaledTensor, out: Any, c: Any, *, static_b: bool = False
+) -> PreparedLaunch | None:
     """The launch of an earlier ``gemm`` on these very operands, if it is still known."""
-    return _ready.get(_key(a, b, out, c))
+    return _ready.get(_key(a, b, out, c, static_b=static_b))
 
 
-def _checked(a: Any, b: Any, out: Any, c: Any, out_dtype: Any, key: Hashable) -> Any:
+def _checked(
+    a: Any,
+    b: Any,
+    out: Any,
+    c: Any,
+    out_dtype: Any,
+    deterministic: Deterministic,
+    static_b: bool,
+    key: Hashable,
+) -> Any:
     """A call that was not made before: every rule is checked."""
+    unsplit = _unsplit(deterministic)
     native_out: Any = None if out is None else as_native("out", out, writable=True)
     native_c: Any = None if c is None else as_native("c", c)
     dtype = infer_out_dtype(out_dtype, native_out, native_c)
@@ -276,7 +338,8 @@ def _checked(a: Any, b: Any, out: Any, c: Any, out_dtype: Any, key: Hashable) ->
             _fill(native_out, native_c)
         elif native_out.size:
             machine = Machine.of_device(a.data.data.device_id)
-            plan = _plan(problem, choose(problem, machine), machine)
+            config = choose(problem, machine, unsplit=unsplit)
+            plan = _plan(problem, config, machine, bool(static_b))
             launch = plan.prepare(a, b, native_out, native_c, framework)
             if key is not None:
                 _ready.put(key, launch)

@@ -9,7 +9,6 @@ where contiguous groups are large in the mean.  docs/performance.md has the meas
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 from cpgemm.config import AdaptiveKernelConfig, GroupedKernelConfig
 from cpgemm.grouped_problem import GroupedProblem
@@ -31,17 +30,17 @@ def grouped_configurations(out_dtype: OutDtype) -> tuple[GroupedKernelConfig, ..
     adaptive = tuple(_adaptive(tall, width, out_dtype) for width in _FLAT_WIDTHS)
     if out_dtype != "bfloat16":
         return adaptive
-    multicast = deepest(GroupedKernelConfig, tall._replace(cluster_n=2), out_dtype)
-    return (*adaptive, replace(multicast, unroll=2))
+    multicast = tall._replace(cluster_n=2, unroll=8)
+    return (*adaptive, deepest(GroupedKernelConfig, multicast, out_dtype))
 
 
 def _adaptive(tall: Tile, flat_n: int, out_dtype: OutDtype) -> AdaptiveKernelConfig:
     flat = deepest(GroupedKernelConfig, Tile(64, flat_n, 1), out_dtype)
     return AdaptiveKernelConfig(
-        **tall._asdict(),
+        # An unroll of 1 is no slower than 2 or 3 here, and compiled sooner.
+        **tall._replace(unroll=1)._asdict(),
         stages=deepest(GroupedKernelConfig, tall, out_dtype).stages,
         out_dtype=out_dtype,
-        unroll=1,  # no slower than 2 or 3 here, and compiled sooner
         flat_n=flat_n,
         flat_stages=flat.stages,
     )

@@ -74,14 +74,15 @@ class Tile(NamedTuple):
     cluster_m: int = 1
     cluster_n: int = 1
     column_parts: int = 1
+    unroll: int = 3
 
 
 # What won somewhere among what was tried: docs/performance.md.
 _TILES = (
-    Tile(256, 128, 2),
-    Tile(256, 128, 2, cluster_n=2),
+    Tile(256, 128, 2, unroll=4),
+    Tile(256, 128, 2, cluster_n=2, unroll=8),
     Tile(192, 128, 3),
-    Tile(192, 128, 3, cluster_n=2),
+    Tile(192, 128, 3, cluster_m=2),
     Tile(128, 192, 2),
     Tile(128, 192, 2, cluster_m=2),
     Tile(128, 128, 2),
@@ -320,9 +321,17 @@ def _explain(problem: GemmProblem, machine: Machine) -> Explanation:
     return Explanation(problem, machine, tuple(candidates), floor_us)
 
 
-def choose(problem: GemmProblem, machine: Machine = H200) -> KernelConfig:
-    """The configuration that the model predicts to be fastest."""
-    return _explain(problem, machine).choice.config
+def choose(problem: GemmProblem, machine: Machine = H200, *, unsplit: bool = False) -> KernelConfig:
+    """The configuration that the model predicts to be fastest.
+
+    ``unsplit``: among those that do not split K.
+    """
+    candidates = _explain(problem, machine).candidates
+    return next(
+        candidate.config
+        for candidate in candidates
+        if not (unsplit and isinstance(candidate.config, SplitKernelConfig))
+    )
 
 
 def predict(problem: GemmProblem, config: KernelConfig, machine: Machine = H200) -> Candidate:

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from cpgemm import env, heuristics, settings
-from cpgemm.config import KernelConfig
+from cpgemm.config import KernelConfig, SplitKernelConfig
 from cpgemm.errors import ArgumentError
 from cpgemm.heuristics import H200, Candidate, Explanation, Machine, configurations, predict
 from cpgemm.problem import OUT_DTYPES, GemmProblem, OutDtype
@@ -280,10 +280,15 @@ def lookup(problem: GemmProblem, machine: Machine = H200) -> TunedChoice | None:
 _tables = _Tables()
 
 
-def choose(problem: GemmProblem, machine: Machine = H200) -> KernelConfig:
-    """The measured choice where there is one, otherwise the cost model's."""
+def choose(problem: GemmProblem, machine: Machine = H200, *, unsplit: bool = False) -> KernelConfig:
+    """The measured choice where there is one, otherwise the cost model's.
+
+    ``unsplit``: among the kernels that do not split K, all of which give the same bits.
+    """
     found = lookup(problem, machine)
-    return heuristics.choose(problem, machine) if found is None else found.config
+    if found is None or (unsplit and isinstance(found.config, SplitKernelConfig)):
+        return heuristics.choose(problem, machine, unsplit=unsplit)
+    return found.config
 
 
 @dataclass(frozen=True)

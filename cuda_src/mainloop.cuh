@@ -80,21 +80,40 @@ struct Producer {
         ptx::mbarrier_wait(&shared.ring.empty[position.stage], position.phase ^ 1);
     }
 
-    // Loads rows row.. of A and rows column.. of B. The scales of A lie at column scale_x, rows scale_y..,
-    // of their map; `scale_b` points to this lane's row of column scales. TMA wants the first byte of a
-    // box at a multiple of 16: scale_x is a multiple of 4, or the GPU stops with an illegal instruction.
-    __device__ __forceinline__ void load(int row, int column, int scale_x, int scale_y, const float* scale_b) {
-        const u32 stage_bytes = (row_boxes * box_rows + Tile::kBlockN) * Tile::kBlockK +
-                                scale_boxes * scale_rows * static_cast<int>(sizeof(float));
+    __device__ __forceinline__ u32 stage_bytes() const {
+        return (row_boxes * box_rows + Tile::kBlockN) * Tile::kBlockK +
+               scale_boxes * scale_rows * static_cast<int>(sizeof(float));
+    }
+
+    // Arms the stages of a block's first tile and loads its rows of B, ahead of everything else; returns how
+    // many k-blocks that are.
+    __device__ __forceinline__ int load_early(int column) {
+        const int early = min(k_blocks, Tile::kStages);
+        for (int kb = 0; kb < early && lane == 0; ++kb) {
+            ptx::mbarrier_arrive_expect_tx(&shared.ring.full[kb], stage_bytes());
+            load_b(kb, kb * Tile::kBlockK, column, &shared.ring.full[kb]);
+        }
+        return early;
+    }
+
+    // Loads rows row.. of A and rows column.. of B, those of the first `early` k-blocks excepted. The scales of
+    // A lie at column scale_x, rows scale_y.., of their map; `scale_b` points to this lane's row of column
+    // scales. TMA wants the first byte of a box at a multiple of 16: scale_x is a multiple of 4, or the GPU
+    // stops with an illegal instruction.
+    __device__ __forceinline__ void load(
+        int row, int column, int scale_x, int scale_y, const float* scale_b, int early = 0) {
+        const u32 bytes = stage_bytes();
 #pragma unroll 1
         for (int kb = 0; kb < k_blocks; ++kb) {
             const int s = position.stage;
             u64* full = &shared.ring.full[s];
             wait_empty();
             if (lane == 0) {
-                ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
+                if (kb >= early) {
+                    ptx::mbarrier_arrive_expect_tx(full, bytes);
+                    load_b(s, kb * Tile::kBlockK, column, full);
+                }
                 load_a(s, kb * Tile::kBlockK, row, full);
-                load_b(s, kb * Tile::kBlockK, column, full);
 #pragma unroll 1
                 for (int i = 0; i < scale_boxes; ++i) {
                     float* part = shared.scale_a[s] + i * scale_rows;

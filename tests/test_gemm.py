@@ -6,10 +6,16 @@ import pytest
 from gemm_checks import assert_close, assert_guards_intact, guarded, operands, to_numpy
 
 import cpgemm
+from cpgemm import settings
+from cpgemm.config import SplitKernelConfig
 from cpgemm.errors import ArgumentError, ArgumentTypeError
-from cpgemm.heuristics import configurations
+from cpgemm.gemm import GemmPlan, plan_gemm
+from cpgemm.heuristics import H200, configurations
+from cpgemm.problem import OUT_DTYPES, GemmProblem
+from cpgemm.scaled import ScaledTensor
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+EVERY = [config for out_dtype in OUT_DTYPES for config in configurations(out_dtype)]
 
 
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
@@ -93,6 +99,29 @@ def test_plan_refuses_a_misfit_configuration():
         cpgemm.plan_gemm(64, 128, 128, config=config)
 
 
+def test_batch_invariant_leaves_split_kernels_out(rng):
+    split = plan_gemm(64, 2112, 7168)
+    assert isinstance(split.config, SplitKernelConfig)
+    for m in (1, 17, 64, 128, 512):
+        plan = plan_gemm(m, 2112, 7168, deterministic="batch_invariant")
+        assert not isinstance(plan.config, SplitKernelConfig)
+    assert plan_gemm(64, 2112, 7168, deterministic=False) is split
+    with pytest.raises(ArgumentError, match="one order for batch invariance"):
+        plan_gemm(64, 2112, 7168, deterministic="batch_invariant", config=split.config)
+    with pytest.raises(ArgumentError, match=r"deterministic.*batch_invariant"):
+        plan_gemm(64, 2112, 7168, deterministic="always")
+    a, b = operands(rng, 3, 16, 128)
+    with pytest.raises(ArgumentError, match="deterministic"):
+        cpgemm.gemm(a, b, deterministic="always")
+    same = cpgemm.gemm(a, b, deterministic="batch_invariant", static_b=True)
+    assert same.tobytes() == cpgemm.gemm(a, b).tobytes()
+
+
+def test_static_weights_are_part_of_a_plan():
+    assert plan_gemm(64, 7168, 2048, static_b=True).static_b
+    assert not plan_gemm(64, 7168, 2048).static_b
+
+
 def test_plan_refuses_empty_sizes():
     with pytest.raises(ArgumentError, match="must not be 0"):
         cpgemm.plan_gemm(0, 128, 128)
@@ -118,7 +147,7 @@ def _bits(x):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "config",
-    [config for out_dtype in ("bfloat16", "float32") for config in configurations(out_dtype)],
+    EVERY,
     ids=lambda config: config.name,
 )
 def test_every_configuration(rng, config):
@@ -258,6 +287,66 @@ def test_gpu_pdl_gives_the_same_bits(rng, monkeypatch):
     monkeypatch.setenv("CPGEMM_PDL", "1")
     for _ in range(3):
         np.testing.assert_array_equal(_bits(cpgemm.gemm(a, b)).get(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", EVERY, ids=lambda config: config.name)
+def test_gpu_static_weights_under_pdl_give_the_same_bits(rng, config, monkeypatch):
+    """With many launches in a row that wait for each other's output, as layers of a network do."""
+    monkeypatch.setattr(settings, "_pdl", None)
+    m, n, k = min(config.block_m, 80), 1024, 1024
+    import cupy as cp
+
+    a, b = operands(rng, m, n, k, cp)
+    problem = GemmProblem(m, n, k, config.out_dtype)
+    outs = {}
+    for pdl in (False, True):
+        settings.set_pdl(pdl)
+        plan = GemmPlan(problem, config, H200, static_b=pdl)
+        out = cp.zeros((m, n), np.float32).astype(OUT_DTYPES[config.out_dtype])
+        for _ in range(20):
+            # The second operand of the sum is what the launch before wrote.
+            plan.prepare(a, b, out, out, "cupy")()
+        outs[pdl] = to_numpy(out)
+    assert outs[False].tobytes() == outs[True].tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(2112, 7168), (7168, 2048), (4096, 2064), (264, 528)])
+def test_gpu_batch_invariant_rows_do_not_depend_on_m(rng, n, k):
+    """M = 1 to 512: the bits of every row are those that it has in the largest product."""
+    import cupy as cp
+
+    a, b = operands(rng, 512, n, k, cp)
+    wanted = to_numpy(cpgemm.gemm(a, b, deterministic="batch_invariant"))
+    differs = []
+    for m in range(1, 513):
+        first = int(rng.integers(0, 512 - m + 1)) // 4 * 4  # a view's scales start at 16 bytes
+        part = ScaledTensor.from_arrays(
+            a.data[first : first + m], a.scales[first : first + m], (1, 128)
+        )
+        got = to_numpy(cpgemm.gemm(part, b, deterministic="batch_invariant"))
+        if got.tobytes() != wanted[first : first + m].tobytes():
+            differs.append((m, first))
+    assert not differs
+
+
+@pytest.mark.gpu
+def test_gpu_unsplit_kernels_agree_to_the_bit(rng):
+    """What batch invariance rests on: one order of sums in every kernel that does not split K."""
+    m, n, k = 200, 520, 1040
+    import cupy as cp
+
+    a, b = operands(rng, m, n, k, cp)
+    for out_dtype in OUT_DTYPES:
+        bits = {}
+        for config in configurations(out_dtype):
+            if not isinstance(config, SplitKernelConfig):
+                plan = GemmPlan(GemmProblem(m, n, k, out_dtype), config, H200)
+                out = cp.zeros((m, n), np.float32).astype(OUT_DTYPES[out_dtype])
+                plan(a, b, out)
+                bits[config.name] = to_numpy(out).tobytes()
+        assert len(bits) > 10 and len(set(bits.values())) == 1
 
 
 @pytest.mark.gpu

@@ -22,7 +22,8 @@
 // for each consumer (1 + its number, 128 threads) around its part of the staging buffer.
 //
 // Timeline of one tile
-//   producer   fills stage after stage, and runs ahead into the next tile
+//   producer   fills stage after stage, and runs ahead into the next tile; with static weights it loads those of
+//              the first stages before it waits for the launch that this one depends on
 //   consumer   multiply | (+ C) | wait for its own last store | stmatrix | TMA store, left running
 //   Consumers never meet at a block-wide barrier, so one's epilogue runs under the other's main loop.
 #include "epilogue.cuh"
@@ -90,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
     const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
     const __grid_constant__ TensorMap map_scale_a, const __grid_constant__ TensorMap map_d,
     const float* __restrict__ scale_b, const Element* c, Element* d, long long pitch_c, long long pitch_d, int m, int n,
-    int k, int rows_loaded) {
+    int k, int rows_loaded, int static_b) {
     extern __shared__ __align__(1024) u8 shared_bytes[];
     auto& shared = *reinterpret_cast<SharedMemory<Tile>*>(shared_bytes);
 
@@ -107,7 +108,6 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
         if (Tile::kStaged) ptx::prefetch_tensor_map(&map_d);
     }
     start<Tile>(shared);
-    ptx::grid_dependency_wait();
     Scheduler tiles(m, n, rank);
 
     if (warpgroup == kConsumers) {
@@ -115,10 +115,13 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
         if (warp == 0) {
             Producer<Tile> producer{
                 shared, &map_a, &map_scale_a, &map_b, 1, rows_loaded, 1, rows_loaded, k_blocks, lane, rank};
-            while (tiles.advance()) {
+            bool more = tiles.advance();
+            int early = static_b && more ? producer.load_early(tiles.block_n * kBlockN) : 0;
+            ptx::grid_dependency_wait();
+            for (; more; more = tiles.advance(), early = 0) {
                 const int row = tiles.block_m * kBlockM, column = tiles.block_n * kBlockN;
                 const int scale_row = min((column + lane * kSegment) / 128, (n - 1) / 128);
-                producer.load(row, column, row, 0, scale_b + static_cast<long long>(scale_row) * k_blocks);
+                producer.load(row, column, row, 0, scale_b + static_cast<long long>(scale_row) * k_blocks, early);
             }
             ptx::grid_launch_dependents();
         }
@@ -128,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
         TileStore<Tile, kStoreChunk> output(shared, map_d, d, pitch_d, n, warpgroup);
         float total[Tile::kWaves][Tile::kWaveN / 2];
 
+        ptx::grid_dependency_wait();  // C and D may be what the launch before this one reads or writes
         while (tiles.advance()) {
             consumer.multiply(total, k_blocks);
             consumer.position.advance(k_blocks);
