@@ -1,0 +1,40 @@
+"""What the site changes in pages that GitHub shows as they are; called by MkDocs (mkdocs.yml)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+_LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
+_PICTURE = re.compile(
+    r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">'
+    r'<img src="(?P<light>[^"]+)" alt="(?P<alt>[^"]*)"></picture>'
+)
+# Pages of the site that hold a file from outside of docs/.
+_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
+    """Links out of docs/ lead to the page that holds the file, or become plain text.
+
+    Pictures in two colours follow the reader's choice on the page, not only the system's.
+    """
+    docs = Path(config.docs_dir).resolve()
+    here = (docs / page.file.src_uri).parent
+
+    def link(found: re.Match[str]) -> str:
+        label, target, anchor = found.group(1), found.group(2), found.group(3) or ""
+        path = (here / target).resolve()
+        if path.is_relative_to(docs):
+            return found.group(0)
+        name = _PAGES.get(str(path.relative_to(docs.parent)))
+        if name is None:
+            return label
+        up = "../" * (len(here.relative_to(docs).parts))
+        return f"[{label}]({up}{name}{anchor})"
+
+    markdown = _LINK.sub(link, markdown)
+    return _PICTURE.sub(
+        r"![\g<alt>](\g<light>#only-light)![\g<alt>](\g<dark>#only-dark)", markdown
+    )
