@@ -86,7 +86,8 @@ class GemmProblem:
     """D = C + A @ B.T with A (m, k), B (n, k), D (m, n); the sizes may be 0.
 
     ``k`` is a multiple of 16 (TMA reads rows of whole 16-byte units), ``n`` a multiple of 8 (rows
-    of bfloat16 D then are too).  ``accumulate`` says whether there is a C.
+    of bfloat16 D then are too).  ``out_dtype``: "bfloat16" or "float32".  ``accumulate`` says
+    whether there is a C.  Raises ``ArgumentError`` and ``ArgumentTypeError``.
     """
 
     m: int

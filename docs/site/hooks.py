@@ -35,6 +35,4 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
         return f"[{label}]({up}{name}{anchor})"
 
     markdown = _LINK.sub(link, markdown)
-    return _PICTURE.sub(
-        r"![\g<alt>](\g<light>#only-light)![\g<alt>](\g<dark>#only-dark)", markdown
-    )
+    return _PICTURE.sub(r"![\g<alt>](\g<light>#only-light)![\g<alt>](\g<dark>#only-dark)", markdown)
