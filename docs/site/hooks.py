@@ -11,6 +11,7 @@ _PICTURE = re.compile(
     r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">'
     r'<img src="(?P<light>[^"]+)" alt="(?P<alt>[^"]*)"></picture>'
 )
+_SHIM = "https://unpkg.com/iframe-worker/shim"  # what the theme would fetch
 # Pages of the site that hold a file from outside of docs/.
 _PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 
@@ -36,3 +37,13 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
 
     markdown = _LINK.sub(link, markdown)
     return _PICTURE.sub(r"![\g<alt>](\g<light>#only-light)![\g<alt>](\g<dark>#only-dark)", markdown)
+
+
+def on_post_page(output: str, *, page: Any, **_: Any) -> str:
+    """The script that lets the search run from disk is the site's own."""
+    return output.replace(_SHIM, page.file.url.count("/") * "../" + "site/search_from_disk.js")
+
+
+def on_post_template(output: str, **_: Any) -> str:
+    """The same for the page of missing pages, whose links are the server's."""
+    return output.replace(_SHIM, "/site/search_from_disk.js")
