@@ -11,6 +11,8 @@ _PICTURE = re.compile(
     r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">'
     r'<img src="(?P<light>[^"]+)" alt="(?P<alt>[^"]*)"></picture>'
 )
+_ARGUMENT = re.compile(r"(?<=[.;])\s+((?:<code>\w+</code>(?:, | and )?)+: )")
+_FILE = re.compile(r"(?<![/\w])docs/(\w+)\.md(?![^<]*</a>)")
 _SHIM = "https://unpkg.com/iframe-worker/shim"  # what the theme would fetch
 # Pages of the site that hold a file from outside of docs/.
 _PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
@@ -37,6 +39,14 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
 
     markdown = _LINK.sub(link, markdown)
     return _PICTURE.sub(r"![\g<alt>](\g<light>#only-light)![\g<alt>](\g<dark>#only-dark)", markdown)
+
+
+def on_page_content(html: str, *, page: Any, **_: Any) -> str:
+    """Docstrings on the API pages: a line for each argument, links for files of docs/."""
+    if not page.file.src_uri.startswith("api/"):
+        return html
+    html = _ARGUMENT.sub(r"<br>\1", html)
+    return _FILE.sub(r'<a href="../\1.html">docs/\1.md</a>', html)
 
 
 def on_post_page(output: str, *, page: Any, **_: Any) -> str:
