@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 import types
@@ -163,7 +164,9 @@ def test_api_pages_and_public_names_are_equal() -> None:
 def test_each_public_module_has_a_page() -> None:
     pages = {page.stem for page in API.glob("*.md")} - {"index"}
     modules = {full.split(".")[1] for full in public_names() if full.count(".") == 2}
-    assert pages == modules
+    assert pages == modules, (
+        "docs/api/NAME.md for each public module, and a line of nav in mkdocs.yml"
+    )
 
 
 def test_names_beside_the_public_ones_exist() -> None:
@@ -289,6 +292,17 @@ def test_anchors_lead_somewhere(page: Path) -> None:
         if "://" not in target:
             path = (page.parent / target).resolve() if target else page
             assert anchor in slugs(path), f"{name_of(page)}: {target}#{anchor}"
+
+
+def test_pictures_are_what_their_script_draws() -> None:
+    folder = ROOT / "docs" / "pictures"
+    drawn = runpy.run_path(str(folder / "draw.py"))["PICTURES"]
+    assert {path.stem for path in folder.glob("*.svg")} == set(drawn)
+    for name, draw in drawn.items():
+        text = (folder / f"{name}.svg").read_text(encoding="utf-8")
+        assert text == str(draw()), "run: python docs/pictures/draw.py"
+        used = [page for page in PAGES if f"pictures/{name}.svg" in page.read_text("utf-8")]
+        assert used, f"no page shows {name}.svg"
 
 
 # ------------------------------------------------------------------------------------------ site
