@@ -181,7 +181,7 @@ class KernelConfig:
     # -------------------------------------------------------------------- derived, for the launch
 
     def rows_loaded(self, m: int) -> int:
-        """Rows of A that a stage really loads: boxes that hang over the end of A are slow.
+        """Rows of A (of ``m``) that a stage really loads: boxes that hang over its end are slow.
 
         The rest of the stage keeps old bytes; they only reach rows of D that are never stored.
         """
@@ -192,7 +192,7 @@ class KernelConfig:
         return -(-n // (self.block_n * self.cluster_n)) * self.cluster_n
 
     def tiles(self, problem: GemmProblem) -> int:
-        """Block tiles that are computed, those that pad the last cluster included."""
+        """Block tiles of a ``problem`` that are computed, those that pad the last cluster included."""
         row_tiles = -(-problem.m // (self.block_m * self.cluster_m)) * self.cluster_m
         return row_tiles * self.column_tiles(problem.n)
 

@@ -140,7 +140,10 @@ class GemmProblem:
         c: Any = None,
         out_dtype: object = "bfloat16",
     ) -> GemmProblem:
-        """The problem that these operands pose, after checking every rule that they must obey."""
+        """The problem that ``a``, ``b``, ``out`` and ``c`` pose, after checking every rule.
+
+        Raises what ``gemm`` raises.
+        """
         check_operand("a", a, (1, BLOCK))
         check_operand("b", b, (BLOCK, BLOCK))
         if a.shape[1] != b.shape[1]:

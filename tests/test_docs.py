@@ -254,6 +254,27 @@ def rejects(found: Any) -> bool:
     return False
 
 
+def classes() -> list[str]:
+    return [name for name in in_full() if name.rpartition(".")[2][0].isupper()]
+
+
+@pytest.mark.parametrize("name", classes())
+def test_docstrings_of_methods_are_complete(name: str) -> None:
+    """What the site shows of a class: no name with an underscore in front but ``__call__``."""
+    found = described(name)
+    if not found.is_class:  # `dlpack.Framework`
+        return
+    hidden = ("of_checked", "prepare", "signature", "extra_repr")  # as in mkdocs.yml
+    for method in found.members.values():
+        public = not method.name.startswith("_") or method.name == "__call__"
+        if method.is_alias or not method.is_function or not public or method.name in hidden:
+            continue
+        assert text_of(method), f"{name}.{method.name} has no docstring"
+        words = words_of(method) | words_of(found)
+        unnamed = [parameter for parameter in parameters_of(method) if parameter not in words]
+        assert not unnamed, f"the docstring of {name}.{method.name} says nothing of {unnamed}"
+
+
 @pytest.mark.parametrize("name", in_full())
 def test_docstrings_are_complete(name: str) -> None:
     """Every parameter is named, and that it raises where it does."""
