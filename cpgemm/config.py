@@ -192,7 +192,7 @@ class KernelConfig:
         return -(-n // (self.block_n * self.cluster_n)) * self.cluster_n
 
     def tiles(self, problem: GemmProblem) -> int:
-        """Block tiles of a ``problem`` that are computed, those that pad the last cluster included."""
+        """Block tiles of a ``problem``, those that pad the last cluster included."""
         row_tiles = -(-problem.m // (self.block_m * self.cluster_m)) * self.cluster_m
         return row_tiles * self.column_tiles(problem.n)
 
