@@ -304,12 +304,7 @@ def explain(
     accumulate: bool = False,
     machine: Machine = H200,
 ) -> Explanation:
-    """Which kernel ``gemm`` uses for (m, k) x (n, k), why, the predicted time and its floor.
-
-    ``out_dtype``: "bfloat16" or "float32".  ``accumulate``: whether there is a C.  ``machine``: an
-    H200, or ``Machine.of_device`` for another.  Needs no GPU.  Times are microseconds, taken from
-    the model that docs/performance.md describes.  Raises ``ArgumentError`` as ``plan_gemm`` does.
-    """
+    """Which kernel ``gemm`` uses for (m, k) x (n, k), why, the predicted time and its floor."""
     return _explain(GemmProblem(m, n, k, out_dtype, accumulate), machine)
 
 

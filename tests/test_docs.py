@@ -29,6 +29,9 @@ ALSO = {
     "cpgemm.reference.exact_product",
     "cpgemm.reference.gemm_reference",
     "cpgemm.render.KernelSource",
+    "cpgemm.tuned.TunedChoice",
+    "cpgemm.tuned.TunedExplanation",
+    "cpgemm.tuning.TuneResult",
 }
 
 # ---------------------------------------------------------------------------------------- blocks
@@ -205,11 +208,13 @@ def parameters_of(found: Any) -> list[str]:
 
 
 def words_of(found: Any) -> set[str]:
-    """Words of the docstring, and of that one which it names for the rest ("as in ``gemm``")."""
+    """Words of the docstring, of base classes, and of what it names ("as in ``gemm``")."""
     text = text_of(found)
     if found.is_class and "__init__" in found.members:
         text += text_of(found.members["__init__"])
     words = set(re.findall(r"\w+", text))
+    if found.is_class:
+        words = words.union(*(words_of(base) for base in found.resolved_bases))
     for name in re.findall(r"\bas\s+in\s+``(\w+)``", text):
         if name in found.module.members and name != found.name:
             words |= words_of(described(f"{found.module.path}.{name}"))
