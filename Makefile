@@ -1,7 +1,8 @@
 # make demo    the main job, on the GPU if there is one
 # make test    format, lint, types, tests
+# make docs    the site, build/site/index.html
 #
-# Both make their own virtual environment on first use and again when setup.cfg changes.
+# Each makes its own virtual environment on first use and again when setup.cfg changes.
 # PYTHON=python3.12 chooses the interpreter, CUDA=13 the CUDA 13 wheels (they need a newer driver),
 # JOBS=8 the number of test processes, ARGS="--m 64" goes to the demo.
 
@@ -21,13 +22,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := cpgemm tests $(wildcard examples docs)
 
-.PHONY: help demo test check lint format types pytest compile doctor clean
+.PHONY: help demo docs test check lint format types pytest compile doctor clean
 
 help:
-	@sed -n 's/^# \{0,1\}//;1,7p' Makefile
+	@sed -n 's/^# \{0,1\}//;1,8p' Makefile
 
 demo: $(STAMP)
 	$(BIN)/python -m cpgemm demo $(ARGS)
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "written: build/site/index.html"
 
 test: check pytest
 
@@ -64,7 +69,7 @@ $(STAMP): setup.cfg pyproject.toml
 	  || $(PYTHON) -m venv --clear $(VENV) || { \
 	  echo "cpgemm: '$(PYTHON) -m venv' fails; on Debian and Ubuntu run: apt install python3-venv" >&2; \
 	  exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[cuda$(CUDA),test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[cuda$(CUDA),test,docs]"
 	@touch $@
 
 clean:

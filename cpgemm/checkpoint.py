@@ -133,7 +133,7 @@ def save_safetensors(
     path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors into one safetensors file, in the format of this module's table.
+    """Write tensors into one safetensors file, ``path``, as DeepSeek-V3's checkpoints hold them.
 
     ``tensors``: by name.  A ``ScaledTensor`` of granularity (128, 128) becomes ``<name>.weight``
     (``name`` may end with ``.weight``) and ``<name>.weight_scale_inv``, bit for bit.  An array of

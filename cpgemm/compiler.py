@@ -163,7 +163,8 @@ def load_kernel(source: KernelSource) -> LoadedKernel:
 def freeze() -> Iterator[None]:
     """Make every compilation inside an error, in all threads of this process.
 
-    Kernels that the disk cache holds are still loaded.  Calls may be nested.
+    Kernels that the disk cache holds are still loaded.  Calls may be nested.  What would compile
+    raises ``FrozenError`` and changes nothing.
     """
     global _frozen
     with _state:

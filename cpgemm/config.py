@@ -36,15 +36,17 @@ def _round_up(value: int, unit: int) -> int:
 class KernelConfig:
     """One kernel of the dense family (``templates/dense.cu.j2``).
 
-    ``block_m`` x ``block_n``  the tile of D that a block computes; K goes in steps of 128
-    ``stages``                 depth of the ring of shared-memory stages
-    ``consumers``              warpgroups that issue wgmma; waves of 64 rows go to them in turn
-    ``cluster_m``              2: two blocks share a column tile and B is multicast to both
-    ``cluster_n``              2: two blocks share a row tile and A is multicast to both
-    ``out_dtype``              of C and D
-    ``raster_group``           rows of tiles that are walked together, so that operands stay in L2
-    ``unroll``                 k-blocks in one turn of the main loop
-    ``column_parts``           consumers that share a tile's columns instead of its rows: 1 or all
+    - ``block_m`` x ``block_n``: the tile of D that a block computes; K goes in steps of 128
+    - ``stages``: depth of the ring of shared-memory stages
+    - ``consumers``: warpgroups that issue wgmma; waves of 64 rows go to them in turn
+    - ``cluster_m``: 2: two blocks share a column tile and B is multicast to both
+    - ``cluster_n``: 2: two blocks share a row tile and A is multicast to both
+    - ``out_dtype``: "bfloat16" or "float32", of C and D
+    - ``raster_group``: rows of tiles that are walked together, so that operands stay in L2
+    - ``unroll``: k-blocks in one turn of the main loop
+    - ``column_parts``: consumers that share a tile's columns instead of its rows: 1 or all
+
+    Raises ``ArgumentError`` for numbers that make no kernel.
     """
 
     block_m: int
@@ -179,7 +181,7 @@ class KernelConfig:
     # -------------------------------------------------------------------- derived, for the launch
 
     def rows_loaded(self, m: int) -> int:
-        """Rows of A that a stage really loads: boxes that hang over the end of A are slow.
+        """Rows of A (of ``m``) that a stage really loads: boxes that hang over its end are slow.
 
         The rest of the stage keeps old bytes; they only reach rows of D that are never stored.
         """
@@ -190,7 +192,7 @@ class KernelConfig:
         return -(-n // (self.block_n * self.cluster_n)) * self.cluster_n
 
     def tiles(self, problem: GemmProblem) -> int:
-        """Block tiles that are computed, those that pad the last cluster included."""
+        """Block tiles of a ``problem``, those that pad the last cluster included."""
         row_tiles = -(-problem.m // (self.block_m * self.cluster_m)) * self.cluster_m
         return row_tiles * self.column_tiles(problem.n)
 

@@ -63,6 +63,7 @@ __all__ = [
 ]
 
 Framework = Literal["numpy", "cupy", "torch", "jax", "dlpack"]
+"""Whose arrays: ``"dlpack"`` stands for any other library that speaks the protocol."""
 _Road = Callable[[str, Any, bool], Array]
 
 _LEGACY_STREAM = 1  # how the protocol spells stream 0
@@ -314,10 +315,12 @@ def as_framework(framework: Framework, array: Array) -> Any:
 def empty(framework: Framework, shape: Sequence[int], dtype: Any, like: Any) -> Any:
     """Room for a result: an uninitialised C-contiguous array where ``like`` is.
 
-    ``like`` is an array of any framework.  ``"torch"``: a tensor from torch's own allocator (on
-    CUDA its caching allocator, for torch's current stream).  Otherwise a CuPy array, or a NumPy
-    array on the CPU.  For JAX too: it gives no memory that others may write, so that the result is
-    handed over by ``as_framework`` after the work that writes it was enqueued.
+    ``shape``: its extents.  ``dtype``: NumPy's or ml_dtypes'.  ``like`` is an array of any
+    framework.  ``"torch"``: a tensor from torch's own allocator (on CUDA its caching allocator, for
+    torch's current stream).  Otherwise a CuPy array, or a NumPy array on the CPU.  For JAX too: it
+    gives no memory that others may write, so that the result is handed over by ``as_framework``
+    after the work that writes it was enqueued.  Raises ``MissingDependencyError`` without the
+    library.
     """
     kind = np.dtype(dtype)
     if framework == "torch":
@@ -356,7 +359,7 @@ def stream_getter(framework: Framework) -> Callable[[int], int]:
 def current_stream(framework: Framework, device_index: int) -> int:
     """Handle of the CUDA stream on which work for arrays of ``framework`` belongs.
 
-    torch's current stream of that device for torch, CuPy's for all others: what comes through
-    DLPack was made to be ready there.
+    torch's current stream of device ``device_index`` for torch, CuPy's for all others: what comes
+    through DLPack was made to be ready there.
     """
     return stream_getter(framework)(device_index)

@@ -49,6 +49,9 @@ Deterministic: TypeAlias = "bool | Literal['batch_invariant']"
 class GemmPlan:
     """A prepared product of one size: problem, kernel, launch configuration.
 
+    Made by ``plan_gemm``.  ``problem``: sizes and dtype; ``config``: the kernel, ``ArgumentError``
+    is raised when it does not suit; ``machine``: whose multiprocessors the grid counts.
+
     ``plan(a, b, out, c)`` checks the operands, launches as ``gemm`` does and returns ``out``.  The
     kernel is compiled (or found in the cache) and loaded at the first call on each device.
     ``plan.config``, ``plan.source`` and ``plan.explain()`` need no GPU.
@@ -190,9 +193,10 @@ def plan_gemm(
 ) -> GemmPlan:
     """Prepare D = C + A @ B.T for A (m, k) and B (n, k), cached.
 
-    ``accumulate`` says whether calls pass ``c``.  ``config`` overrides the choice.
-    ``deterministic`` and ``static_b`` are those of ``gemm``.  Raises ``ArgumentError`` for sizes
-    that no kernel takes (k % 16, n % 8, empty) or a misfit ``config``.
+``out_dtype``: "bfloat16" or "float32", of D and C.  ``accumulate`` says whether calls pass
+    ``c``.  ``config`` overrides the choice.  ``deterministic`` and ``static_b`` are those of
+    ``gemm``.  Raises ``ArgumentError`` for sizes that no kernel takes (k % 16, n % 8, empty) or a
+    misfit ``config``.
     """
     unsplit = _unsplit(deterministic)
     problem = GemmProblem(m, n, k, out_dtype, accumulate)
@@ -221,10 +225,10 @@ def gemm(
 ) -> Any:
     """D = C + A @ B.T from block-scaled e4m3 operands.
 
-    a: ScaledTensor (M, K), granularity (1, 128).  b: ScaledTensor (N, K), granularity (128, 128).
-    out, c: (M, N) of ``out_dtype``, of any library, where ``a`` is, rows contiguous, row pitch and
-    address multiples of 16 bytes; ``c`` may be ``out`` itself.  ``out_dtype``: "bfloat16" or
-    "float32"; by default the dtype of ``out``, else of ``c``, else bfloat16.  K is a multiple of
+    ``a``: ScaledTensor (M, K), granularity (1, 128).  ``b``: ScaledTensor (N, K), (128, 128).
+    ``out``, ``c``: (M, N) of ``out_dtype``, of any library, where ``a`` is, rows contiguous, row
+    pitch and address multiples of 16 bytes; ``c`` may be ``out`` itself.  ``out_dtype``: "bfloat16"
+    or "float32"; by default the dtype of ``out``, else of ``c``, else bfloat16.  K is a multiple of
     16, N of 8, M anything; empty sizes do what linear algebra says (K = 0 gives C or zeros).
 
     ``deterministic``: every run gives the same bits, in any case.  With ``"batch_invariant"`` the
@@ -355,7 +359,10 @@ def _fill(out: Any, c: Any) -> None:
 
 
 def gemm_nt(a: ScaledTensor, b: ScaledTensor, out: Any = None, **options: Any) -> Any:
-    """``gemm`` by its BLAS name: A (M, K) as it is, B (N, K) transposed."""
+    """``gemm`` by its BLAS name: a (M, K) as it is, b (N, K) transposed.
+
+    ``out`` and the options (``c``, ``out_dtype``), the result and the errors as in ``gemm``.
+    """
     return gemm(a, b, out, **options)
 
 
@@ -363,7 +370,8 @@ def gemm_nn(a: ScaledTensor, b: ScaledTensor, out: Any = None, **options: Any) -
     """D = C + A @ B with b (K, N), granularity (128, 128).
 
     Hopper's FP8 tensor cores read both operands along K, so this makes a transposed copy of ``b``
-    first (``b.T.k_major()``); keep that copy yourself when ``b`` is used again.
+    first (``b.T.k_major()``); keep that copy yourself when ``b`` is used again.  The rest as in
+    ``gemm``.
     """
     return gemm(a, _transposed("b", b), out, **options)
 
@@ -372,7 +380,8 @@ def gemm_tn(a: ScaledTensor, b: ScaledTensor, out: Any = None, **options: Any) -
     """D = C + A.T @ B with a (K, M), granularity (128, 1), and b (K, N), granularity (128, 128).
 
     Makes transposed copies of what is not stored along K (``gemm_nn`` says why).
-    ``quantize(x, (128, 1))`` stores along K already, so that its result is not copied again.
+    ``quantize(x, (128, 1))`` stores along K already, so that its result is not copied again.  The
+    rest as in ``gemm``.
     """
     return gemm(_transposed("a", a), _transposed("b", b), out, **options)
 
@@ -380,7 +389,8 @@ def gemm_tn(a: ScaledTensor, b: ScaledTensor, out: Any = None, **options: Any) -
 def gemm_tt(a: ScaledTensor, b: ScaledTensor, out: Any = None, **options: Any) -> Any:
     """D = C + A.T @ B.T with a (K, M), granularity (128, 1), and b (N, K), granularity (128, 128).
 
-    Makes a transposed copy of ``a`` unless it is stored along K (``gemm_nn`` says why).
+    Makes a transposed copy of ``a`` unless it is stored along K (``gemm_nn`` says why).  The rest
+    as in ``gemm``.
     """
     return gemm(_transposed("a", a), b, out, **options)
 

@@ -98,7 +98,13 @@ _TILES = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model knows of a GPU: multiprocessors, clock when cool, bandwidths."""
+    """What the model knows of a GPU.
+
+    - ``name``: as the driver says it
+    - ``sms``: multiprocessors
+    - ``clock_ghz``: the clock when the GPU is cool, GHz
+    - ``dram_tbs``, ``l2_tbs``: bandwidths of memory and of L2, TB/s
+    """
 
     name: str
     sms: int
@@ -157,7 +163,11 @@ def deepest(kind: type[_Config], tile: Tile, out_dtype: OutDtype) -> _Config:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration with its predicted time in microseconds and the terms that make it up."""
+    """A configuration ``config`` with its predicted time and the terms that make it up.
+
+    ``waves``: turns of the blocks over the multiprocessors.  Microseconds: ``predicted_us``, of
+    which ``compute_us``, ``l2_us`` and ``dram_us`` are the parts that overlap.
+    """
 
     config: KernelConfig
     predicted_us: float
@@ -250,8 +260,9 @@ def _predict(problem: GemmProblem, config: KernelConfig, machine: Machine) -> Ca
 
 @dataclass(frozen=True)
 class Explanation:
-    """The choice for a problem, every candidate (fastest first), and the machine's floor.
+    """The choice for a ``problem`` on a ``machine``, and what it was chosen from.
 
+    ``candidates``: every kernel that suits with its predicted time in microseconds, fastest first.
     ``floor_us``: the larger of the fewest bytes over the memory's bandwidth and the operations over
     the FP8 rate that power allows; launch not counted.
     """

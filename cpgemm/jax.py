@@ -77,7 +77,8 @@ def quantize(
 
     ``data``: float8_e4m3fn of x's shape.  ``scales``: float32, one for each block, short last
     blocks included: (..., R, ceil(K/128)), (..., ceil(R/128), ceil(K/128)) or
-    (..., ceil(R/128), K).  Bits are those of ``cpgemm.quantize``.
+    (..., ceil(R/128), K).  Bits are those of ``cpgemm.quantize``.  Raises ``ArgumentError`` and
+    ``ArgumentTypeError``, when called or traced.
     """
     pair = check_granularity(granularity)
     check_scale_format(scale_format)
@@ -99,7 +100,8 @@ def gemm(
     a_data: float8_e4m3fn (M, K); a_scales: float32 (M, ceil(K/128)).  b_data: float8_e4m3fn (N, K);
     b_scales: float32 (ceil(N/128), ceil(K/128)).  c: None or (M, N) of ``out_dtype``.
     ``out_dtype``: "bfloat16" or "float32"; by default that of ``c``, else bfloat16.  K is a
-    multiple of 16, N of 8, M anything.  Returns (M, N).
+    multiple of 16, N of 8, M anything.  Returns (M, N).  Raises ``ArgumentError`` and
+    ``ArgumentTypeError``, when called or traced.
     """
     check_operand_types(a_data, a_scales, b_data, b_scales)
     name = out_dtype_of(out_dtype, c)
@@ -130,7 +132,8 @@ def grouped_gemm_contiguous(
     (also for None) or "float32".
 
     Returns (M_total, N).  Rows outside every group are zero; with ``fill_padding=False`` they hold
-    anything, which saves writing them.
+    anything, which saves writing them.  Raises ``ArgumentError`` and ``ArgumentTypeError``, when
+    called or traced.
     """
     layout, index = select_layout(m_indices=m_indices, offsets=offsets, ends=ends)
     return _grouped(
@@ -158,7 +161,8 @@ def grouped_gemm_masked(
     "bfloat16" (also for None) or "float32".
 
     Returns (groups, M_max, N).  Rows from masked_m[g] on are zero, for which ``out`` is cleared
-    first; with ``fill_padding=False`` they hold anything.
+    first; with ``fill_padding=False`` they hold anything.  Raises ``ArgumentError`` and
+    ``ArgumentTypeError``, when called or traced.
     """
     return _grouped(
         "masked", a_data, a_scales, b_data, b_scales, masked_m, expected_m, out_dtype, fill_padding

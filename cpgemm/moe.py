@@ -132,6 +132,7 @@ def gather_quantized(
     ``x``: float32, float16 or bfloat16 (tokens, K), rows contiguous, K a multiple of 16.  Returns
     what ``gather(quantize(x), routing)`` returns, the same bits, in one pass.  Less work than that
     when ``top_k`` is 1; with more experts for each token quantising first reads less.
+    ``scale_format`` as in ``quantize``.  ``out``: a ``ScaledTensor`` to be filled and returned.
 
     Raises ``ArgumentError`` and ``ArgumentTypeError`` before anything is written, and
     ``DeviceError`` for a GPU other than Hopper.
@@ -173,7 +174,8 @@ def swiglu_quantize(
     silu(x) = x / (1 + exp(-x)) in float32.  exp is made of single IEEE additions and products, so
     that a CPU and a GPU give the same bits; it is off by 2**-17 relatively at most, and infinite
     for x below -88.4, where silu is zero then.  Infinite and NaN products get the code NaN, as do
-    those of an infinite gate.  Then the rule of ``cpgemm.quantize`` applies.
+    those of an infinite gate.  Then the rule of ``cpgemm.quantize`` applies, with its
+    ``scale_format``.
 
     Offsets out of range are rejected for NumPy (and with ``CPGEMM_CHECK``) and clamped on a GPU.
 

@@ -38,12 +38,12 @@ _MAX_ALIGNMENT = 1 << 16
 class Routing:
     """Where each token's row for each of its experts went.  All arrays int32, contiguous.
 
-    ``offsets``    (groups + 1,): group g starts at row ``offsets[g]``; the last is the end of all
-    ``ends``       (groups,): the end of each group's rows, padding not counted
-    ``order``      (rows,): the index ``t * top_k + j`` that each row holds, -1 for padding
-    ``position``   (tokens, top_k): the row of each, -1 for what was dropped
-    ``m_indices``  (rows,): the group of each row, -1 for padding; or None
-    ``alignment``  groups start at multiples of it
+    - ``offsets``: (groups + 1,): group g starts at row ``offsets[g]``; the last is the end of all
+    - ``ends``: (groups,): the end of each group's rows, padding not counted
+    - ``order``: (rows,): the index ``t * top_k + j`` that each row holds, -1 for padding
+    - ``position``: (tokens, top_k): the row of each, -1 for what was dropped
+    - ``m_indices``: (rows,): the group of each row, -1 for padding; or None
+    - ``alignment``: groups start at multiples of it
 
     ``offsets`` feeds the ragged layout of ``grouped_gemm_contiguous`` (with an alignment it
     multiplies the padding too, whose rows are zeros); with an alignment of 128 ``ends`` and

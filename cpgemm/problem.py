@@ -86,7 +86,8 @@ class GemmProblem:
     """D = C + A @ B.T with A (m, k), B (n, k), D (m, n); the sizes may be 0.
 
     ``k`` is a multiple of 16 (TMA reads rows of whole 16-byte units), ``n`` a multiple of 8 (rows
-    of bfloat16 D then are too).  ``accumulate`` says whether there is a C.
+    of bfloat16 D then are too).  ``out_dtype``: "bfloat16" or "float32".  ``accumulate`` says
+    whether there is a C.  Raises ``ArgumentError`` and ``ArgumentTypeError``.
     """
 
     m: int
@@ -139,7 +140,10 @@ class GemmProblem:
         c: Any = None,
         out_dtype: object = "bfloat16",
     ) -> GemmProblem:
-        """The problem that these operands pose, after checking every rule that they must obey."""
+        """The problem that ``a``, ``b``, ``out`` and ``c`` pose, after checking every rule.
+
+        Raises what ``gemm`` raises.
+        """
         check_operand("a", a, (1, BLOCK))
         check_operand("b", b, (BLOCK, BLOCK))
         if a.shape[1] != b.shape[1]:

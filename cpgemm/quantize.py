@@ -71,15 +71,15 @@ def quantize(
     scale_format: ScaleFormat = "float32",
     out: ScaledTensor | None = None,
 ) -> ScaledTensor:
-    """Quantise ``x`` with the rule of this module.
+    """Quantise ``x`` to e4m3 with a scale for each block (docs/numerics.md has the rule).
 
     ``x``: float32, float16 or bfloat16, an array of NumPy, CuPy, torch, JAX or any DLPack producer,
     shape (R, K) or (G, R, K), rows contiguous (they may be padded), K a multiple of 16, not
     necessarily of 128.  ``granularity`` (1, 128) or (128, 128); (128, 1) quantises columns: R must
     be a multiple of 16 then, and the result is the transpose of a quantised transpose, for which
-    ``x`` is copied unless its columns are contiguous.  On a GPU one launch does it, for torch's
-    arrays on torch's current stream and into torch's memory, for all others on CuPy's and into
-    CuPy's.
+    ``x`` is copied unless its columns are contiguous.  ``scale_format``: "float32", amax / 448, or
+    "pow2", the next power of two.  On a GPU one launch does it, for torch's arrays on torch's
+    current stream and into torch's memory, for all others on CuPy's and into CuPy's.
 
     Returns a ``ScaledTensor`` where ``x`` is; only its data and scales are allocated.  With
     ``out``, a tensor of the same shape, granularity and format, nothing is; ``out`` is filled and

@@ -37,7 +37,7 @@ _DECODED = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 def gemm_reference(
     a: ScaledTensor, b: ScaledTensor, *, c: Array | None = None, out_dtype: Any = "bfloat16"
 ) -> Array:
-    """D = C + A @ B.T with the semantics of this module's formula.
+    """D = C + A @ B.T with the semantics of ``cpgemm.gemm``, in NumPy.
 
     ``a``: (M, K), ``b``: (N, K), NumPy, each of granularity (1, 128) or (128, 128).  ``c``: None or
     a bfloat16 or float32 array (M, N).  ``out_dtype``: "bfloat16" or "float32" (or those dtypes).
@@ -71,10 +71,10 @@ def gemm_reference(
 
 
 def exact_product(a: ScaledTensor, b: ScaledTensor) -> Array:
-    """A @ B.T of the dequantised operands in float64, shape (M, N).
+    """A @ B.T of the dequantised operands ``a`` and ``b`` in float64, shape (M, N).
 
     Each dequantised value is exact in float64 (4 by 24 significant bits); products and sums are
-    rounded to float64.  Takes what ``gemm_reference`` takes.
+    rounded to float64.  Takes and raises what ``gemm_reference`` does.
     """
     _check_operands(a, b)
     m, n = a.shape[0], b.shape[0]

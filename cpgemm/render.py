@@ -33,12 +33,12 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class KernelSource:
     """One rendered kernel, ready to be compiled.
 
-    ``name``          readable and file-name safe; the cache folder is named after it
-    ``text``          the CUDA C++ text, banner included
-    ``entry``         the ``extern "C"`` symbol
-    ``template``      the template's file name
-    ``digest``        sha256 (hex) of the text and of every header that it really includes
-    ``shared_bytes``  dynamic shared memory of a launch, in bytes
+    - ``name``: readable and file-name safe; the cache folder is named after it
+    - ``text``: the CUDA C++ text, banner included
+    - ``entry``: the ``extern "C"`` symbol
+    - ``template``: the template's file name
+    - ``digest``: sha256 (hex) of the text and of every header that it really includes
+    - ``shared_bytes``: dynamic shared memory of a launch, in bytes
     """
 
     name: str

@@ -103,9 +103,15 @@ class ScaledTensor:
     """e4m3 data with one float32 scale for each block.
 
     ``data``: float8_e4m3fn, shape (R, K), or (G, R, K) for G groups; contiguous along one of the
-    last two axes.  ``scales``: float32, in the layout of this module's table; a (128, 128) tensor
-    may also hold the transpose of that layout, which is what ``.T`` makes.  ``scale_format``
-    ("float32" or "pow2") says how the scales were chosen; their values are not checked.
+    last two axes.  ``granularity``: the (rows, columns) of a block.  ``scales``: float32,
+
+    - (1, 128): (..., R, ceil(K/128)), rows-fastest: 4 bytes between rows, between k-blocks a pitch
+      that is a multiple of 4 floats, address a multiple of 16 bytes;
+    - (128, 128): (..., ceil(R/128), ceil(K/128)), row-major, or the transpose, which ``.T`` makes;
+    - (128, 1): (..., ceil(R/128), K), the transpose of (1, 128).
+
+    ``scale_format`` ("float32" or "pow2") says how the scales were chosen; their values are not
+    checked.
 
     ``framework`` says whose arrays these are views of ("numpy", "cupy", "torch", "jax" or
     "dlpack"): functions return their results as such arrays, and work on torch tensors goes to

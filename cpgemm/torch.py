@@ -66,6 +66,9 @@ def quantize(
     - (128, 128): (..., ceil(R/128), ceil(K/128)), contiguous;
     - (128, 1): (..., ceil(R/128), K), strides (..., P, 1) with P = K rounded up to 4; ``data`` is
       contiguous along R.
+
+    Raises ``ArgumentError`` and ``ArgumentTypeError``, as all operators here do, when called or
+    traced; what depends on memory (strides, addresses) when it runs.
     """
     rows, columns = granularity
     return _quantize(x, rows, columns, scale_format)
@@ -86,7 +89,7 @@ def gemm(
     float32 (ceil(N/128), ceil(K/128)).  Codes are contiguous along K; scales that are not in the
     layout of ``quantize`` are copied into it at each call.  c: None or (M, N) of ``out_dtype``.
     ``out_dtype``: torch.bfloat16 or torch.float32; by default that of ``c``, else bfloat16.  K is a
-    multiple of 16, N of 8, M anything.  Returns (M, N), contiguous.
+    multiple of 16, N of 8, M anything.  Returns (M, N), contiguous.  Raises as ``quantize``.
     """
     return _gemm(a, a_scales, b, b_scales, c=c, out_dtype=out_dtype)
 
@@ -100,7 +103,7 @@ def gemm_out(
     *,
     c: Tensor | None = None,
 ) -> Tensor:
-    """``gemm`` into ``out``, which is returned.
+    """``gemm`` into ``out``, which is returned; a, a_scales, b, b_scales as there.
 
     out: (M, N), bfloat16 or float32, rows contiguous, row pitch and address multiples of 16 bytes.
     c: None or like ``out``; it may be ``out`` itself.

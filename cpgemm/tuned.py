@@ -65,10 +65,11 @@ _logger = logging.getLogger("cpgemm")
 class TunedChoice:
     """The outcome for one shape, and how it was found.
 
-    ``kernel``: the configuration to use, by name, and ``us``, its microseconds per call with cold
-    operands.  ``model``: what the model chose, and ``model_us``, None where its result was wrong.
-    ``spread_pct``: how far the windows of these two lay apart, at most.  ``pdl``: whether launches
-    were programmatic dependent ones.  ``date``: UTC.
+    ``m``, ``n``, ``k``, ``out_dtype``, ``accumulate``: the shape.  ``kernel``: the configuration to
+    use, by name, and ``us``, its microseconds per call with cold operands.  ``model``: what the
+    model chose, and ``model_us``, None where its result was wrong. ``spread_pct``: how far the
+    windows of these two lay apart, at most.  ``pdl``: whether launches were programmatic dependent
+    ones.  ``cpgemm``: the version.  ``date``: UTC.
     """
 
     m: int
@@ -327,7 +328,10 @@ def explain(
 ) -> Explanation:
     """Which kernel ``gemm`` uses for (m, k) x (n, k), why, the predicted time and its floor.
 
-    A ``TunedExplanation`` where the choice was measured (``cpgemm.tune``).
+    A ``TunedExplanation`` where the choice was measured (``cpgemm.tune``).  ``out_dtype``:
+    "bfloat16" or "float32".  ``accumulate``: whether there is a C.  ``machine``: an H200, or
+    ``Machine.of_device`` for another.  Needs no GPU.  Times are microseconds, from the model that
+    docs/performance.md describes.  Raises ``ArgumentError`` as ``plan_gemm`` does.
     """
     found = heuristics.explain(
         m, n, k, out_dtype=out_dtype, accumulate=accumulate, machine=machine

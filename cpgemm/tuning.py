@@ -45,8 +45,8 @@ _NUMBERS = ("us", "gain", "spread")
 class TuneResult:
     """What was measured and kept; prints as a table, in notebooks too.
 
-    ``choices`` belong to ``contests``, one for each shape.  ``path``: the file, None where nothing
-    was to be kept.  ``notes``: what happened to that file besides.
+    ``choices`` belong to ``contests``, one for each shape, on ``machine``.  ``path``: the file,
+    None where nothing was to be kept.  ``notes``: what happened to that file besides.
     """
 
     machine: Machine
@@ -216,9 +216,10 @@ def tune(
 
     From then on ``gemm`` and ``plan_gemm`` use it for this shape (``cpgemm.tuned`` says for which
     others).  ``m``: one number of rows, or several.  ``best``: only as many candidates as this, the
-    first ones by the model (None: all).  ``rounds`` windows of ``window_ms`` milliseconds for each,
-    in turn, over operands that are not in L2.  ``seed``: of data and order.  ``file``: instead of
-    the GPU model's own in the cache folder; ``keep=False`` writes none.
+    first ones by the model (None: all).  ``out_dtype`` and ``accumulate`` as in ``explain``.
+    ``rounds`` windows of ``window_ms`` milliseconds for each, in turn, over operands that are not
+    in L2.  ``seed``: of data and order.  ``file``: instead of the GPU model's own in the cache
+    folder; ``keep=False`` writes none.
 
     Takes up to some seconds for each shape and waits for the device.  Raises ``DeviceError``
     without a Hopper GPU, and ``ArgumentError`` for sizes that no kernel takes.

@@ -16,12 +16,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import cpgemm
 from cpgemm import checkpoint, dlpack, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "06_checkpoint_mlp.py"
-DOCUMENT = ROOT / "docs" / "checkpoints.md"
 SMALL = ["--tokens=5", "--hidden=256", "--inner=128"]
 needs_safetensors = pytest.mark.skipif(
     importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed"
@@ -178,15 +176,3 @@ def test_float_layer(example: ModuleType) -> None:
     arrays = [np.array([[value]], np.float32) for value in (2, 3, 5, 7)]
     wanted = 6 / (1 + np.exp(-6.0)) * 10 * 7
     np.testing.assert_allclose(example.float_mlp(*arrays), [[wanted]], rtol=1e-14)
-
-
-@needs_safetensors
-def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its blocks one after another, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    text = DOCUMENT.read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 4
-    names: dict[str, Any] = {"cpgemm": cpgemm}
-    for block in blocks:
-        exec(compile(block, "docs/checkpoints.md", "exec"), names)

@@ -29,7 +29,6 @@ from cpgemm import deep_gemm, settings
 from cpgemm.deep_gemm import casts
 from cpgemm.deep_gemm.absent import ABSENT
 from cpgemm.errors import ArgumentError, ArgumentTypeError
-from cpgemm.machine import why_no_hopper
 
 DOCUMENT = (ROOT / "docs" / "deep_gemm.md").read_text(encoding="utf-8")
 
@@ -738,17 +737,6 @@ def run_alone(code):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_the_document_runs():
-    """Its Python blocks, one after another; on NumPy arrays without a Hopper GPU."""
-    blocks = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
-    code = "".join(blocks)
-    assert "import cupy as cp" in code
-    if why_no_hopper() is not None:
-        code = code.replace("import cupy as cp", "import numpy as cp")
-    # Both grouped calls of the document fill the same rows.
-    run_alone(code + "assert d.shape == (384, 256) and bool((d[:100] != 0).any())\n")
 
 
 SERVER = """

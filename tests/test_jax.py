@@ -600,15 +600,6 @@ def test_importing_it_starts_no_platform() -> None:
     assert done.returncode == 0 and done.stdout.count("CpuDevice") == 3, done.stdout + done.stderr
 
 
-def test_docs_run() -> None:
-    text = (ROOT / "docs" / "jax.md").read_text(encoding="utf-8")
-    names: dict[str, object] = {}
-    found = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(found) >= 3
-    for block in found:
-        exec(compile(block, "docs/jax.md", "exec"), names)
-
-
 # ----------------------------------------------------------------------------------------- GPU
 
 

@@ -1,4 +1,4 @@
-"""README, docs and examples do what they say: code runs, commands parse, links lead somewhere.
+"""README and examples do what they say: results, commands, links (test_docs.py runs all code).
 
 Without a Hopper GPU ``import cupy as cp`` is replaced by ``import numpy as cp``, as README says.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from doc_pages import run_blocks
 
 import cpgemm
 from cpgemm import __main__ as command_line
@@ -26,7 +27,6 @@ from cpgemm import env, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RUNNABLE = ("architecture.md", "moe.md", "numerics.md")  # in docs/
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 ON_GPU = machine.why_no_hopper() is None
 
@@ -36,32 +36,16 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def python_of(document: str) -> list[str]:
-    """Python blocks of a document in docs/."""
-    return blocks("python", (ROOT / "docs" / document).read_text(encoding="utf-8"))
-
-
-def run_block(
-    text: str, name: str = "README.md", names: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Execute a block in a namespace, by default one of its own, which is returned."""
-    if not ON_GPU:
-        text = text.replace("import cupy as cp", "import numpy as cp")
-    names = {} if names is None else names
-    code = compile(text, name, "exec")
-    if ON_GPU or "begin_capture" not in text:  # NumPy has no graphs
-        exec(code, names)
+def run_block(text: str) -> dict[str, Any]:
+    """Execute a block of README by itself; its names.  tests/test_docs.py runs them all."""
+    names: dict[str, Any] = {}
+    exec(text if ON_GPU else text.replace("import cupy as cp", "import numpy as cp"), names)
     return names
 
 
 def to_host(array: Any) -> np.ndarray:
     """A NumPy array of what a block made with NumPy or CuPy."""
     return np.asarray(array.get() if hasattr(array, "get") else array)
-
-
-@pytest.mark.parametrize("at", range(len(blocks("python"))))
-def test_python_blocks_run(at: int) -> None:
-    run_block(blocks("python")[at])
 
 
 def test_the_first_example_is_ten_lines_of_cupy_and_right() -> None:
@@ -72,15 +56,6 @@ def test_the_first_example_is_ten_lines_of_cupy_and_right() -> None:
     wanted = to_host(names["x"]) @ to_host(names["w"]).T
     assert got.shape == (256, 512)
     assert np.linalg.norm(got - wanted) < 0.06 * np.linalg.norm(wanted)
-
-
-@pytest.mark.parametrize("document", RUNNABLE)
-def test_python_blocks_of_documents_run(document: str) -> None:
-    """One after another in one namespace: those of docs/moe.md continue each other."""
-    names: dict[str, Any] = {}
-    assert python_of(document)
-    for text in python_of(document):
-        run_block(text, document, names)
 
 
 def test_the_grouped_example_is_right() -> None:
@@ -97,9 +72,8 @@ def test_the_grouped_example_is_right() -> None:
 def test_the_layer_shown_is_right() -> None:
     """Against float64; examples/03_moe_layer.py derives the tolerance."""
     example = load_example("03_moe_layer.py")
-    names: dict[str, Any] = {}
-    for text in python_of("moe.md"):
-        run_block(text, "moe.md", names)  # on a GPU the last one replays with other experts
+    # On a GPU the last block replays the layer with other experts.
+    names = run_blocks(ROOT / "docs" / "moe.md", {"gpu"} if ON_GPU else ())
     host = [to_host(names[name]) for name in ("x", "ids", "weights", "up_float", "down_float")]
     wanted = example.float_layer(*host)
     got = to_host(names["out"]).astype(np.float64)

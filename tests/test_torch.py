@@ -6,7 +6,6 @@ Tests run on the CPU and, marked gpu, on a Hopper GPU.  The layer has a file of 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -433,15 +432,6 @@ except cpgemm.MissingDependencyError as error:
         check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     ).stdout  # fmt: skip
     assert shown.startswith("torch: cpgemm.torch needs it")
-
-
-def test_python_blocks_of_the_page_run():
-    text = (ROOT / "docs" / "torch.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    names: dict = {}
-    assert len(blocks) >= 4
-    for block in blocks:
-        exec(compile(block, "torch.md", "exec"), names)
 
 
 # ---------------------------------------------------------------------------------- only on a GPU

@@ -41,7 +41,9 @@ def per_token_cast_to_fp8(
 ) -> tuple[Any, Any]:
     """e4m3 codes (M, K) of ``x`` (M, K) and float32 factors (M, ceil(K / gran_k)), row-major.
 
-    x: float32, float16 or bfloat16.  Codes and factors are of the kind of ``x``, where ``x`` is.
+    ``x``: float32, float16 or bfloat16.  Codes and factors are of the kind of ``x``, where ``x``
+    is.  ``use_ue8m0``: factors rounded up to powers of two.  Raises ``ArgumentError`` and
+    ``ArgumentTypeError``, and ``NotImplementedError`` for ``use_packed_ue8m0``.
     """
     if use_packed_ue8m0:
         raise NotImplementedError(
@@ -54,7 +56,10 @@ def per_token_cast_to_fp8(
 def per_channel_cast_to_fp8(
     x: Any, use_ue8m0: bool = False, gran_k: int = BLOCK
 ) -> tuple[Any, Any]:
-    """e4m3 codes (K, N) of ``x`` (K, N) and float32 factors (K / gran_k, N); K % gran_k == 0."""
+    """e4m3 codes (K, N) of ``x`` (K, N) and float32 factors (K / gran_k, N); K % gran_k == 0.
+
+    The rest as in ``per_token_cast_to_fp8``.
+    """
     torch_of("x", x)
     if len(x.shape) == 2 and x.shape[0] % gran_k:
         reject("x", f"its rows must be a multiple of {gran_k}", x.shape[0], "Pad it with zeros.")
@@ -62,14 +67,18 @@ def per_channel_cast_to_fp8(
 
 
 def per_block_cast_to_fp8(x: Any, use_ue8m0: bool = False, gran_k: int = BLOCK) -> tuple[Any, Any]:
-    """e4m3 codes (N, K) of ``x`` and float32 factors (ceil(N / gran_k), ceil(K / gran_k))."""
+    """e4m3 codes (N, K) of ``x`` and float32 factors (ceil(N / gran_k), ceil(K / gran_k)).
+
+    The rest as in ``per_token_cast_to_fp8``.
+    """
     return _cast_blocks(x, gran_k, gran_k, use_ue8m0)
 
 
 def per_custom_dims_cast_to_fp8(x: Any, dims: Any, use_ue8m0: bool) -> tuple[Any, Any]:
     """e4m3 codes of ``x`` and one float32 factor for each index along the axes ``dims``.
 
-    The factors have the extents of ``x`` along ``dims``; axes of extent 1 are left out.
+    The factors have the extents of ``x`` along ``dims``; axes of extent 1 are left out.  The rest
+    as in ``per_token_cast_to_fp8``.
     """
     torch = _check(x)
     axes = tuple(axis for axis in range(len(x.shape)) if axis not in set(dims))
@@ -82,7 +91,10 @@ def per_custom_dims_cast_to_fp8(x: Any, dims: Any, use_ue8m0: bool) -> tuple[Any
 
 
 def ceil_to_ue8m0(x: Any) -> Any:
-    """Magnitudes of float32 numbers rounded up to powers of two, 2**-126 to 2**127."""
+    """Magnitudes of the float32 numbers ``x`` rounded up to powers of two, 2**-126 to 2**127.
+
+    Raises ``ArgumentTypeError`` for another dtype.
+    """
     torch = torch_of("x", x)
     integer, real = (np.int32, np.float32) if torch is None else (torch.int32, torch.float32)
     if x.dtype != real:

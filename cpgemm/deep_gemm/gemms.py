@@ -64,6 +64,7 @@ def fp8_gemm_nt(
     (ceil(N / 128), ceil(K / 128)).  d: bfloat16 or float32 (M, N), rows contiguous.  c: None or an
     array like ``d``, which may be ``d`` itself.  K is a multiple of 16, N of 8, M anything.
     recipe: None or (1, 128, 128); recipe_a: None or (1, 128); recipe_b: None or (128, 128).
+    ``compiled_dims`` and ``disable_ue8m0_cast`` change nothing here.
 
     Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError`` before anything is launched
     or written, ``NotImplementedError`` for another recipe.
@@ -111,7 +112,8 @@ def fp8_gemm_tn(
 ) -> None:
     """d = c + a.T @ b with a: e4m3 (K, M) and float32 (ceil(K / 128), M), b as in ``fp8_gemm_nn``.
 
-    What is not contiguous along K is copied, in each call (``fp8_gemm_nn`` says why).
+    What is not contiguous along K is copied, in each call (``fp8_gemm_nn`` says why).  The rest as
+    in ``fp8_gemm_nt``.
     """
     if recipe is not None or recipe_a is not None or recipe_b is not None:
         _check_recipe(recipe, recipe_a, recipe_b)
@@ -131,7 +133,8 @@ def fp8_gemm_tt(
 ) -> None:
     """d = c + a.T @ b.T with a as in ``fp8_gemm_tn`` and b as in ``fp8_gemm_nt``.
 
-    An ``a`` that is not contiguous along K is copied, in each call (``fp8_gemm_nn`` says why).
+    An ``a`` that is not contiguous along K is copied, in each call (``fp8_gemm_nn`` says why).  The
+    rest as in ``fp8_gemm_nt``.
     """
     if recipe is not None or recipe_a is not None or recipe_b is not None:
         _check_recipe(recipe, recipe_a, recipe_b)
@@ -139,7 +142,11 @@ def fp8_gemm_tt(
 
 
 def gemm_fp8_fp8_bf16_nt(lhs: Pair, rhs: Pair, out: Any) -> None:
-    """out = lhs @ rhs.T: ``fp8_gemm_nt`` by its name of early 2025."""
+    """out = lhs @ rhs.T: ``fp8_gemm_nt`` by its name of early 2025.
+
+    ``lhs`` and ``rhs`` are its ``a`` and ``b``, ``out`` its ``d``; the errors as in
+    ``fp8_gemm_nt``.
+    """
     key = call_key("dense", lhs, rhs, out, None)
     if not repeated(key):
         operands = operand("lhs", lhs, ROWS), operand("rhs", rhs, BLOCKS)
@@ -223,7 +230,11 @@ def m_grouped_fp8_gemm_nn_contiguous(
 def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
     lhs: Pair, rhs: Pair, out: Any, m_indices: Any
 ) -> None:
-    """``m_grouped_fp8_gemm_nt_contiguous`` by its name of early 2025, the group of each row."""
+    """``m_grouped_fp8_gemm_nt_contiguous`` by its name of early 2025, the group of each row.
+
+    ``lhs`` and ``rhs`` are its ``a`` and ``b``, ``out`` its ``d``, ``m_indices`` its
+    ``grouped_layout``; the errors as in ``fp8_gemm_nt``.
+    """
     key = call_key(("m_indices", False), lhs, rhs, out, m_indices)
     if not repeated(key):
         operands = operand("lhs", lhs, ROWS), operand("rhs", rhs, BLOCKS)
@@ -253,8 +264,8 @@ def m_grouped_fp8_gemm_nt_masked(
     a: e4m3 (G, M_max, K) and float32 (G, M_max, ceil(K / 128)).  b: e4m3 (G, N, K) and float32
     (G, ceil(N / 128), ceil(K / 128)).  d: (G, M_max, N), bfloat16 or float32.  masked_m: int32
     (G,), where ``a`` is.  expected_m: about how many rows a group has, a hint.  Recipes and errors
-    as in ``fp8_gemm_nt``.  The last three belong to SGLang's fork; ``enable_overlap`` raises
-    ``NotImplementedError``.
+    as in ``fp8_gemm_nt``.  ``enable_overlap``, ``max_block_n`` and ``signal`` belong to SGLang's
+    fork; the first raises ``NotImplementedError``, the others change nothing.
     """
     if enable_overlap:
         raise NotImplementedError(
@@ -273,7 +284,11 @@ def m_grouped_fp8_gemm_nt_masked(
 def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
     lhs: Pair, rhs: Pair, out: Any, masked_m: Any, expected_m: int
 ) -> None:
-    """``m_grouped_fp8_gemm_nt_masked`` by its name of early 2025."""
+    """``m_grouped_fp8_gemm_nt_masked`` by its name of early 2025.
+
+    ``lhs`` and ``rhs`` are its ``a`` and ``b``, ``out`` its ``d``; ``masked_m``, ``expected_m`` and
+    the errors as in ``m_grouped_fp8_gemm_nt_masked``.
+    """
     key = call_key("masked", lhs, rhs, out, masked_m)
     if not repeated(key):
         operands = operand("lhs", lhs, ROWS), operand("rhs", rhs, BLOCKS)

@@ -34,7 +34,7 @@ __all__ = [
 
 
 def ceil_div(x: int, y: int) -> int:
-    """The quotient of two non-negative integers, rounded up."""
+    """The quotient ``x / y`` of two non-negative integers, rounded up."""
     return -(-x // y)
 
 
@@ -62,7 +62,7 @@ def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = 
 
 
 def set_mk_alignment_for_contiguous_layout(new_value: int) -> None:
-    """Take 128, the only alignment of the kernels; ``ArgumentError`` for another."""
+    """Take ``new_value`` 128, which the kernels need; raises ``ArgumentError`` for another."""
     if new_value != contiguous_alignment():
         reject(
             "new_value",
@@ -77,7 +77,10 @@ def set_mk_alignment_for_contiguous_layout(new_value: int) -> None:
 
 
 def get_tma_aligned_size(x: int, element_size: int) -> int:
-    """``x`` elements of ``element_size`` bytes (1, 2, 4, 8 or 16) rounded up to 16 bytes."""
+    """``x`` elements of ``element_size`` bytes (1, 2, 4, 8 or 16) rounded up to 16 bytes.
+
+    Raises ``ArgumentError`` for another size.
+    """
     if element_size < 1 or ALIGNMENT % element_size:
         reject("element_size", "must divide 16", element_size, "Give the bytes of one element.")
     return align(x, ALIGNMENT // element_size)
@@ -88,7 +91,8 @@ def get_mn_major_tma_aligned_tensor(sf: Any) -> Any:
 
     sf: float32 (M, C) or (groups, M, C), torch, CuPy or NumPy, any strides.  Returns ``sf`` itself
     when it is so already, else a copy of the same kind and shape with strides (1, pitch) or
-    (pitch * C, 1, pitch) in elements, made by one strided copy of its framework.
+    (pitch * C, 1, pitch) in elements, made by one strided copy of its framework.  Raises
+    ``ArgumentError`` for other axes, ``ArgumentTypeError`` for another dtype.
     """
     torch = torch_of("sf", sf)
     if len(sf.shape) not in (2, 3):

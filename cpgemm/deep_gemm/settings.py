@@ -54,7 +54,8 @@ def set_num_sms(num_sms: int) -> None:
     """Let products use ``num_sms`` multiprocessors at most, from the next call on; 0: all.
 
     A process-wide limit on the grid of each product, dense or grouped; kernels of other libraries
-    may run on the rest.  CUDA graphs keep the limit that they were captured with.
+    may run on the rest.  CUDA graphs keep the limit that they were captured with.  Raises
+    ``ArgumentError`` or ``ArgumentTypeError`` for what is no such number.
     """
     every = _sms_of_device()
     number = _whole_number("num_sms", num_sms, every)
@@ -68,7 +69,10 @@ def get_num_sms() -> int:
 
 
 def set_pdl(new_enable_pdl: bool) -> None:
-    """Launch products with programmatic dependent launch, or not; overrides ``CPGEMM_PDL``."""
+    """Launch products with programmatic dependent launch, or not; overrides ``CPGEMM_PDL``.
+
+    ``new_enable_pdl``: taken as a bool.
+    """
     settings.set_pdl(bool(new_enable_pdl))
 
 
@@ -78,7 +82,10 @@ def get_pdl() -> bool:
 
 
 def set_tc_util(new_tc_util: int) -> None:
-    """Kept for ``get_tc_util`` only: the choice of kernels has a model of its own."""
+    """Keep ``new_tc_util`` for ``get_tc_util`` only: the choice of kernels has a model of its own.
+
+    Raises ``ArgumentError`` or ``ArgumentTypeError`` unless it is a number from 0 to 100.
+    """
     global _tc_util
     _tc_util = _whole_number("new_tc_util", new_tc_util, 100) or 100
 
@@ -89,12 +96,16 @@ def get_tc_util() -> int:
 
 
 def set_ignore_compile_dims(new_value: bool) -> None:
-    """Nothing to ignore: M, N and K are run-time arguments of every kernel."""
+    """Take any ``new_value``; no size is compiled in, so that there is nothing to ignore."""
     del new_value
 
 
 def set_compile_mode(mode: int) -> None:
-    """Kept for ``get_compile_mode`` only, a name of SGLang's fork: products are always launched."""
+    """Keep ``mode`` for ``get_compile_mode`` only, a name of SGLang's fork.
+
+    Products are always launched.  Raises ``ArgumentError`` or ``ArgumentTypeError`` unless it is 0
+    or 1.
+    """
     global _compile_mode
     _compile_mode = _whole_number("mode", mode, 1)
 
