@@ -29,7 +29,7 @@ from cpgemm.bench.plot_data import (
     spaced,
     speedup_panels,
 )
-from cpgemm.bench.plot_style import THEMES, Theme, drawing, style_of
+from cpgemm.plot_style import THEMES, Theme, drawing, style_of
 from cpgemm.bench.plots import figures, write_plots
 from cpgemm.bench.result import Case, Report, Row, report_of
 from cpgemm.errors import ArgumentError, MissingDependencyError

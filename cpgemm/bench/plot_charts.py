@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpgemm.bench.plot_data import LARGE, Bar, Group, Panel, Point, Roofs, Sweep, spaced
-from cpgemm.bench.plot_style import Page, Theme, bar_place, style_of, text_inches
+from cpgemm.plot_style import Page, Theme, bar_place, style_of, text_inches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

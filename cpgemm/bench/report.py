@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from cpgemm.machine import MachineRecord
 
 __all__ = [
     "Column", "Table", "format_time", "machine_lines", "markdown", "method_line", "notes",
-    "print_report", "print_table", "tables",
+    "print_report", "print_table", "report_text", "tables",
 ]  # fmt: skip
 
 LEGEND = (
@@ -213,6 +214,13 @@ def print_report(report: Report, *, width: int | None = None, file: TextIO | Non
         print(textwrap.fill(text, min(width, 120), subsequent_indent="  "), file=file)
 
 
+def report_text(report: Report, width: int = 120) -> str:
+    """What ``print_report`` prints, without colours."""
+    file = io.StringIO()
+    print_report(report, width=width, file=file)
+    return file.getvalue().rstrip("\n")
+
+
 def _parts(table: Table, width: int) -> Iterator[Table]:
     """The table without optional columns, then in parts that name the cases, to fit ``width``."""
     columns = list(table.columns)
@@ -262,7 +270,8 @@ def _print_part(table: Table, width: int, file: TextIO) -> None:
     for cells in zip(*(column.cells for column in table.columns), strict=True):
         heads = [column.head[0] for column in table.columns]
         shown.add_row(*(Text(c, _style(h, c)) for h, c in zip(heads, cells, strict=True)))
-    Console(file=file, width=width).print(shown, "")
+    # A notebook would get HTML of its own, whatever the file.
+    Console(file=file, width=width, force_jupyter=False).print(shown, "")
 
 
 def _style(head: str, cell: str) -> str:
