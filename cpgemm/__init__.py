@@ -66,7 +66,7 @@ __all__ = [
     "tune",
 ]
 
-_SUBMODULES = ("deep_gemm", "dlpack", "jax", "moe", "torch")
+_SUBMODULES = ("deep_gemm", "dlpack", "jax", "moe", "pictures", "torch")
 
 
 def __getattr__(name: str) -> _ModuleType:

@@ -168,6 +168,11 @@ class Candidate:
     dram_us: float
 
     @property
+    def launch_us(self) -> float:
+        """What the terms do not make up: launching, clusters, the exchange of split kernels."""
+        return self.predicted_us - _overlapped(self.compute_us, self.l2_us, self.dram_us)
+
+    @property
     def bound(self) -> str:
         """The term that decides."""
         terms = {"compute": self.compute_us, "L2": self.l2_us, "DRAM": self.dram_us}

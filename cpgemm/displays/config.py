@@ -100,7 +100,7 @@ def tile_drawing(config: KernelConfig) -> Markup:
                     "g",
                     element("title", what),
                     _box(x, y, columns * _SCALE, rows * _SCALE, CONSUMERS[consumer]),
-                    *_number(consumer, x + columns * _SCALE / 2, y + rows * _SCALE / 2 + 4, columns),
+                    *_number(consumer, x, y, columns, rows),
                 )
             )  # fmt: skip
     right = max(_LEFT + wide + 26, _LEGEND)
@@ -129,8 +129,11 @@ def _box(x: float, y: float, width: float, height: float, color: str) -> Markup:
     )  # fmt: skip
 
 
-def _number(consumer: int, x: float, y: float, columns: int) -> list[Markup]:
-    return [_text(str(consumer), x, y, "middle")] if columns * _SCALE >= 10 else []
+def _number(consumer: int, x: float, y: float, columns: int, rows: int) -> list[Markup]:
+    """The consumer's number amid its wave, unless the wave is too narrow for it."""
+    if columns * _SCALE < 10:
+        return []
+    return [_text(str(consumer), x + columns * _SCALE / 2, y + rows * _SCALE / 2 + 4, "middle")]
 
 
 def _text(text: str, x: float, y: float, anchor: str = "start") -> Markup:
