@@ -66,6 +66,14 @@ __all__ = [
     "tune",
 ]
 
+
+def load_ipython_extension(shell: object) -> None:
+    """``%load_ext cpgemm``: register cpgemm's magics with an IPython shell."""
+    from cpgemm.magics import load
+
+    load(shell)
+
+
 _SUBMODULES = ("deep_gemm", "dlpack", "jax", "moe", "pictures", "torch")
 
 
