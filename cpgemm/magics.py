@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib
 import keyword
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -69,13 +70,15 @@ class CellEpilogue:
         self.name, self.source = name, source
 
     def __call__(self, *arrays: Any, **options: Any) -> Any:
-        """The ``cpgemm.epilogues.Custom`` of the cell's function and these arrays."""
+        """The ``cpgemm.epilogues.Custom`` of the cell's function and these arrays.
+
+        ``options``: those of ``Custom``, such as ``numpy``, the same function for the CPU.
+        """
         custom = importlib.import_module("cpgemm.epilogues").Custom
-        return custom(self.source, *arrays, name=self.name, **options)
+        return custom(self.source, *arrays, function=self.name, **options)
 
     def __repr__(self) -> str:
-        lines = len(self.source.splitlines())
-        return f"epilogue {self.name}, {lines} lines of CUDA: give it to gemm as {self.name}(...)"
+        return f"epilogue {self.name} from a cell: call it with the arrays that it reads"
 
 
 @magics_class
@@ -116,9 +119,9 @@ class GemmMagics(Magics):
     def gemm_epilogue(self, line: str, cell: str) -> None:
         """%%gemm_epilogue NAME
 
-        Make an epilogue of the cell's CUDA text, which holds a function NAME as docs/epilogues.md
-        describes it.  NAME is then a function of the arrays that the epilogue reads:
-        cpgemm.gemm(a, b, epilogue=NAME(array)).
+        Make an epilogue of the cell's CUDA text, which defines the function
+        __device__ float NAME(float value, int row, int column, Array<T> first, ...).
+        NAME then takes the arrays in Python: cpgemm.gemm(a, b, epilogue=NAME(first)).
         """
         parser = _Parser(prog="%%gemm_epilogue", description="An epilogue from CUDA text.")
         parser.add_argument("name", metavar="NAME", help="of the CUDA function, and in Python")
@@ -164,7 +167,7 @@ def _bench(words: Sequence[str]) -> Report:
 def _epilogue(name: str, cell: str) -> CellEpilogue:
     if not name.isidentifier() or keyword.iskeyword(name) or not name.isascii():
         reject("NAME", "must be a name in Python and in C", repr(name), "Choose another.")
-    if name not in cell:
-        mend = "docs/epilogues.md has its signature."
-        reject("cell", f"must define a function {name}", "none of that name", mend)
+    if not re.search(rf"\bfloat\s+{name}\s*\([^;]*\{{", cell):
+        wanted = f"__device__ float {name}(float value, int row, int column, ...)"
+        reject("cell", f"must define {wanted}", "no such function", "docs/epilogues.md has more.")
     return CellEpilogue(name, cell)

@@ -18,7 +18,7 @@ class NotebookBar:
 
     def __init__(self, label: str, total: int) -> None:
         self._label, self._total = label, total
-        self._count, self._step = 0, ""
+        self._count, self._step, self._open = 0, "", True
         self._began = self._shown = time.monotonic()
         self._handle = display(self, display_id=True)
 
@@ -30,7 +30,7 @@ class NotebookBar:
 
     def close(self) -> None:
         """Leave one line that says how far it came and how long it took."""
-        self._step = ""
+        self._step, self._open = "", False
         self._show()
 
     def _show(self) -> None:
@@ -43,10 +43,12 @@ class NotebookBar:
         return f"{self._label} {self._count}/{self._total} {seconds:.1f} s {self._step}".rstrip()
 
     def _repr_html_(self) -> str:
+        seconds = time.monotonic() - self._began
+        text = f"{self._count}/{self._total}, {seconds:.1f} s"
+        if not self._open:
+            return card(self._label, text)
         bar = element(
             "progress", value=self._count, max=self._total,
             style="width:14rem;max-width:60%;vertical-align:middle;margin-right:8px",
         )  # fmt: skip
-        seconds = time.monotonic() - self._began
-        text = f"{self._count}/{self._total}, {seconds:.1f} s"
         return card(self._label, text, element("div", bar, element("span", self._step)))

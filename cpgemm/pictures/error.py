@@ -186,8 +186,7 @@ def _draw(
     high, broad = errors.cell[0] * errors.step[0], errors.cell[1] * errors.step[1]
     # The last cells may be short; those that are left out lie between.
     extent = (0, min(columns * broad, tensor.shape[1]), min(rows * high, tensor.shape[0]), 0)
-    cmap = colormaps["magma"].copy()
-    cmap.set_bad(theme.grid)
+    cmap = colormaps["magma"].with_extremes(bad=theme.grid)
     image = axes.imshow(
         np.where(np.isfinite(values), values, np.nan), extent=extent, aspect="auto",
         interpolation="nearest" if values.size < 10_000 else "antialiased", cmap=cmap,

@@ -136,7 +136,5 @@ def _look(theme: Theme, turns: int) -> dict[str, Any]:
     # The ends of the map that would vanish in the paper are left out.
     low, high = (0.0, 0.88) if theme.name == "light" else (0.2, 1.0)
     shades = colormaps["viridis"](np.linspace(low, high, turns) if turns > 1 else [0.45])
-    cmap = ListedColormap(shades)
-    cmap.set_under(theme.spare[0])
-    cmap.set_bad(theme.grid)
+    cmap = ListedColormap(shades).with_extremes(under=theme.spare[0], bad=theme.grid)
     return {"cmap": cmap, "vmin": -0.5, "vmax": turns - 0.5}
