@@ -295,10 +295,8 @@ def test_a_plan_shows_its_own_kernel_even_if_another_was_chosen() -> None:
     tiles = config.tiles(plan.problem)
     assert shown.facts()["tiles"] == str(tiles) == str(mine.config.tiles(plan.problem))
     assert "GemmPlan" in repr(plan) and config.name in repr(plan)
-    assert (
-        len(shown.tables) == 1
-        and ("summary", f"{len(plan.explain().candidates)} candidates") in shown.texts
-    )
+    count = len(plan.explain().candidates)
+    assert len(shown.tables) == 1 and ("summary", f"{count} candidates") in shown.texts
 
 
 # ----------------------------------------------------------------------------------------- reports

@@ -196,7 +196,7 @@ def _draw(
     axes.set_xlabel("column (K)")
     axes.set_ylabel("row")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     side = page.axes(0.75 + wide + 0.25, 0.1, 0.2, _HIGH)
     bar = page.figure.colorbar(image, cax=side, extend="max" if most > top else "neither")
     bar.outline.set_visible(False)  # type: ignore[operator, unused-ignore]

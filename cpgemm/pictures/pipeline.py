@@ -100,7 +100,7 @@ def _draw(plan: GemmPlan, theme: Theme) -> Figure:
         axes.set_yticks(range(len(lanes)), lanes if at == 0 else [""] * len(lanes))
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(max(2, int(wide / 0.8))))
+        axes.xaxis.set_major_locator(MaxNLocator(max(2, int(wide / 0.8)), steps=[1, 2, 5, 10]))
         if at == 0:
             axes.set_xlabel("time (us, from the first load)", loc="left")
         else:

@@ -55,7 +55,7 @@ def _draw(plan: GemmPlan, theme: Theme) -> Figure:
     idle, padding = int(np.isnan(busy).sum()), int((busy < 0).sum())
     said = _said(blocks, turns, 1 - (idle + padding) / busy.size)
     if split:
-        said = f"{blocks} blocks run at once; {config.cluster} of them share a tile, split its K."
+        said = f"{blocks} blocks run at once; the K of each tile is split over {config.cluster}."
     captions = [
         f"{config.name} on {plan.machine.name}, {sms} multiprocessors; predicted "
         f"{found.predicted_us:.1f} us, bound by {found.bound}.",
@@ -95,8 +95,8 @@ def _draw(plan: GemmPlan, theme: Theme) -> Figure:
     right.set_ylabel(f"rows of tiles ({config.block_m} rows of D each)")
     for axes in (left, right):
         axes.grid(False)
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return page.figure
 
 
