@@ -323,7 +323,7 @@ def test_what_went_wrong_is_red_and_an_interruption_is_said() -> None:
     )
     text = made._repr_html_()
     assert re.search(rf'<span style="color:{RED};font-weight:600">WRONG</span>', text)
-    assert "1 cases, 2 rows, interrupted" in text
+    assert "1 case, 2 rows, interrupted" in text
     slow = report(rows(case))._repr_html_()
     assert f'<span style="color:{RED}">0.90</span>' in slow, "deep_gemm with PDL is faster"
     assert f'<span style="color:{RED}">1.20</span>' not in slow

@@ -186,6 +186,38 @@ def test_an_epilogue_is_bound_to_its_name(
     assert options == {"function": "shifted", "numpy": len}
 
 
+def test_an_epilogue_of_a_cell_is_used_in_the_next(shell: Any, rng: np.random.Generator) -> None:
+    pytest.importorskip("cpgemm.epilogues", reason="there are no epilogues yet")
+    a = cpgemm.quantize(rng.standard_normal((16, 256), dtype=np.float32))
+    b = cpgemm.quantize(rng.standard_normal((128, 256), dtype=np.float32), (128, 128))
+    shift = rng.standard_normal(128, dtype=np.float32)
+    run(shell, CELL)
+    shell.push({"a": a, "b": b, "shift": shift, "gemm": cpgemm.gemm})
+    numpy = "lambda value, row, column, shift: value + shift[column]"
+    call = f"gemm(a, b, out_dtype='float32', epilogue=shifted(shift, numpy={numpy}))"
+    wanted = cpgemm.gemm(a, b, out_dtype="float32") + shift
+    # One addition in float32, by either way.
+    np.testing.assert_allclose(run(shell, call), wanted, rtol=2**-23, atol=2**-23)
+
+
+@pytest.mark.gpu
+def test_an_epilogue_of_a_cell_runs_on_the_gpu(shell: Any, rng: np.random.Generator) -> None:
+    pytest.importorskip("cpgemm.epilogues", reason="there are no epilogues yet")
+    import cupy as cp
+
+    x = cp.asarray(rng.standard_normal((64, 512), dtype=np.float32))
+    w = cp.asarray(rng.standard_normal((256, 512), dtype=np.float32))
+    a, b = cpgemm.quantize(x), cpgemm.quantize(w, (128, 128))
+    shift = cp.asarray(rng.standard_normal(256, dtype=np.float32))
+    run(shell, CELL)
+    shell.push({"a": a, "b": b, "shift": shift, "gemm": cpgemm.gemm})
+    got = run(shell, "gemm(a, b, out_dtype='float32', epilogue=shifted(shift))").get()
+    wanted = (cpgemm.gemm(a, b, out_dtype="float32") + shift).get()
+    # The same sums in the same order, or those of another kernel: 512 additions in float32.
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=512 * 2**-23 * scale)
+
+
 @pytest.mark.parametrize(
     ("cell", "said"),
     [

@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from bench_reports import report
 from picture_checks import boxes, drawn_texts, overlap
 
 import cpgemm
@@ -268,6 +269,7 @@ PICTURES: dict[str, Any] = {
     **{f"pipeline {shape}": (pictures.pipeline, plan_of(shape)) for shape in SHAPES},
     "pipeline 13 stages": (pictures.pipeline, plan_of((64, 7168, 512))),
     "roofline": (pictures.roofline, [plan_of(shape) for shape in SHAPES]),
+    "roofline of a report": (pictures.roofline, report()),
     "roofline of one": (pictures.roofline, plan_of(LARGE)),
     "error": (lambda x, **more: pictures.quantization_error(x, cpgemm.quantize(x), **more),
               _floats()),
@@ -366,6 +368,19 @@ def test_the_roofline_of_plans_is_the_models(drawn: dict[str, Any]) -> None:
     assert "predicted, not run" in header
     roof = f"{plan_of(LARGE).machine.dram_tbs:.2f} TB/s (model)"
     assert any(roof in text.get_text() for text in figure.axes[0].texts)
+
+
+def test_the_roofline_of_a_report_is_what_was_measured(drawn: dict[str, Any]) -> None:
+    figure, _ = drawn["roofline of a report"]
+    shown = [
+        tuple(point)
+        for line in figure.axes[0].lines
+        if line.get_marker() not in ("None", "", "_")
+        for point in line.get_xydata()
+    ]
+    timed = [row for row in report().rows if row.tflops and row.role in ("ours", "peer")]
+    wanted = [(row.case.flops / row.bytes, row.tflops) for row in timed]
+    np.testing.assert_allclose(sorted(shown), sorted(wanted))
 
 
 def test_the_scale_of_the_error_is_the_readers(drawn: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The parts that displays are made of: elements, cards, lists of facts, tables, bars.
 
-Everything that goes in is escaped, unless it is ``Markup`` that these functions made.
+Everything that goes in is escaped, unless it is ``Markup`` that these functions made; markupsafe
+comes with jinja2.
 """
 
 from __future__ import annotations

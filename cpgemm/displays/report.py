@@ -13,7 +13,7 @@ _BAD = f"color:{RED};font-weight:600"
 
 def report_html(report: Report) -> str:
     """The display of a report."""
-    counts = f"{len(report.cases())} cases, {len(report.rows)} rows"
+    counts = f"{_counted(len(report.cases()), 'case')}, {_counted(len(report.rows), 'row')}"
     state = "" if report.complete else ", interrupted"
     said = [note(text) for text in notes(report)]
     under = [note(text) for text in (LEGEND, method_line(report), *machine_lines(report))]
@@ -24,6 +24,10 @@ def report_html(report: Report) -> str:
         *said,
         folded("what the columns mean, and the machine", *under),
     )
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def _table(one: Table) -> Markup:

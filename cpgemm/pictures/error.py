@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cpgemm.dlpack import as_native
+from cpgemm.dlpack import as_native, framework_of
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.layout import is_cupy
 from cpgemm.plot_style import Page, Theme, drawing, require_matplotlib, theme_named
@@ -79,6 +79,7 @@ def quantization_error(
 def measured(x: Any, tensor: ScaledTensor, per: Per = "block") -> Errors:
     """The errors that ``quantization_error`` draws."""
     require_scaled("tensor", tensor, "Quantise x with cpgemm.quantize.")
+    framework = framework_of(x)
     x = as_native("x", x)
     if per not in ("block", "element"):
         reject("per", "must be 'block' or 'element'", repr(per), "Leave it out for blocks.")
@@ -90,7 +91,7 @@ def measured(x: Any, tensor: ScaledTensor, per: Per = "block") -> Errors:
     if x.dtype.kind not in "f" and x.dtype.name != "bfloat16":
         reject("x", "must hold floats", x.dtype, "Convert it.", kind=ArgumentTypeError)
     rows, columns, step = _chosen(tensor, per)
-    exact = _host(x, rows, columns, "cupy").astype(np.float64)
+    exact = _host(x, rows, columns, framework).astype(np.float64)
     rounded = _rounded(tensor, rows, columns)
     error = rounded - exact
     whole = _relative(np.sum(error**2), np.sum(exact**2))
