@@ -44,7 +44,7 @@ def card(title: str, subtitle: str, *parts: object) -> str:
         element("span", subtitle, style=_FAINT),
         style="overflow-wrap:anywhere",
     )
-    style = f"{_SANS};color:inherit;max-width:60rem;padding:2px 0"
+    style = f"{_SANS};color:inherit;padding:2px 0"
     return str(element("div", head, *parts, style=style, class_="cpgemm"))
 
 
@@ -64,7 +64,9 @@ def facts(pairs: Iterable[tuple[str, object]]) -> Markup:
 def note(*children: object) -> Markup:
     """A line in small print."""
     return element(
-        "div", *children, style=f"{_FAINT};font-size:11.5px;margin:4px 0;overflow-wrap:anywhere"
+        "div",
+        *children,
+        style=f"{_FAINT};font-size:11.5px;margin:4px 0;max-width:60rem;overflow-wrap:anywhere",
     )
 
 
