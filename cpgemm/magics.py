@@ -93,7 +93,7 @@ class GemmMagics(Magics):
         shown, and may be kept: x = %gemm_explain 64 2112 7168.
         """
         from cpgemm.__main__ import add_explain_arguments
-        from cpgemm.heuristics import explain
+        from cpgemm.tuned import explain
 
         parser = _Parser(prog="%gemm_explain", description="Which kernel a shape gets, and why.")
         add_explain_arguments(parser)

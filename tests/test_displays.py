@@ -24,6 +24,8 @@ from cpgemm.displays.config import CONSUMERS, wave_consumers
 from cpgemm.displays.html import BLUE, GREEN, ORANGE, PURPLE, RED, element, facts, table
 from cpgemm.displays.tensor import count_codes
 from cpgemm.heuristics import configurations
+from cpgemm.heuristics import explain as heuristics_explain
+from cpgemm.tuned import TunedChoice, TunedExplanation
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 VOID = {"rect", "line"}
@@ -283,6 +285,24 @@ def test_an_explanation_is_a_table_of_all_candidates() -> None:
     assert facts_["predicted"].startswith(f"{found.choice.predicted_us:.1f} us, bound by compute")
     share = found.floor_us / found.choice.predicted_us
     assert facts_["floor"] == f"{found.floor_us:.1f} us, {share:.0%} of it"
+
+
+def test_a_measured_choice_is_the_bold_one_and_says_how_it_was_found() -> None:
+    model = heuristics_explain(64, 2112, 7168)
+    choice = TunedChoice(
+        64, 2112, 7168, "bfloat16", False, model.candidates[2].config.name, 7.25,
+        model.candidates[0].config.name, 9.5, 1.5, False, "0.1.0", "2026-11-22 12:00",
+    )  # fmt: skip
+    found = TunedExplanation(
+        model.problem, model.machine, model.candidates, model.floor_us, tuned=choice
+    )
+    shown = page(found)
+    bold = [text for tag, text in shown.texts if tag == "td" and text == choice.kernel]
+    assert len(bold) == 1
+    weights = re.findall(r'font-weight:600">([^<]*_bfloat16)<', found._repr_html_())
+    assert weights == [choice.kernel]
+    said = " ".join(text for _, text in shown.texts)
+    assert "Choice measured at M = 64: 7.2 us" in said and choice.model in said
 
 
 def test_a_plan_shows_its_own_kernel_even_if_another_was_chosen() -> None:

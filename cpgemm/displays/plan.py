@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from cpgemm.displays.config import config_facts, tile_drawing
 from cpgemm.displays.html import BLUE, Markup, card, element, facts, folded, note, svg, table
 from cpgemm.heuristics import Candidate, Explanation, predict
+from cpgemm.tuned import TunedExplanation
 
 if TYPE_CHECKING:
     from cpgemm.gemm import GemmPlan
@@ -56,7 +57,14 @@ def _candidates(found: Explanation) -> Markup:
         )
         for one in found.candidates
     ]
-    return table(_COLUMNS, rows, numbers=_NUMBERS, strong=0)
+    configs = [one.config for one in found.candidates]
+    mine = found.choice.config  # a measured one need not be first, nor a candidate of the model
+    strong = configs.index(mine) if mine in configs else None
+    return table(_COLUMNS, rows, numbers=_NUMBERS, strong=strong)
+
+
+def _measured(found: Explanation) -> list[Markup]:
+    return [note(f"Choice {found.measured}.")] if isinstance(found, TunedExplanation) else []
 
 
 def _length(share: float) -> Markup:
@@ -77,6 +85,7 @@ def explanation_html(found: Explanation) -> str:
         f"{_posed(found.problem)} on {found.machine.name}: {found.choice.config.name}",
         _predicted(found, found.choice),
         _candidates(found),
+        *_measured(found),
         note(f"{_FLOOR}{found.machine.name}."),
     )
 
@@ -92,5 +101,6 @@ def plan_html(plan: GemmPlan) -> str:
         facts(config_facts(plan.config)),
         tile_drawing(plan.config),
         folded(f"{len(found.candidates)} candidates", _candidates(found)),
+        *_measured(found),
         note(f"{_FLOOR}{plan.machine.name}."),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cpgemm.bench.report import LEGEND, Table, machine_lines, method_line, notes, tables
 from cpgemm.bench.result import Report
+from cpgemm.console import counted
 from cpgemm.displays.html import RED, Markup, card, element, folded, note, table
 
 __all__ = ["report_html"]
@@ -13,7 +14,7 @@ _BAD = f"color:{RED};font-weight:600"
 
 def report_html(report: Report) -> str:
     """The display of a report."""
-    counts = f"{_counted(len(report.cases()), 'case')}, {_counted(len(report.rows), 'row')}"
+    counts = f"{counted(len(report.cases()), 'case')}, {counted(len(report.rows), 'row')}"
     state = "" if report.complete else ", interrupted"
     said = [note(text) for text in notes(report)]
     under = [note(text) for text in (LEGEND, method_line(report), *machine_lines(report))]
@@ -24,10 +25,6 @@ def report_html(report: Report) -> str:
         *said,
         folded("what the columns mean, and the machine", *under),
     )
-
-
-def _counted(count: int, name: str) -> str:
-    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def _table(one: Table) -> Markup:
