@@ -66,7 +66,15 @@ __all__ = [
     "tune",
 ]
 
-_SUBMODULES = ("deep_gemm", "dlpack", "jax", "moe", "torch")
+
+def load_ipython_extension(shell: object) -> None:
+    """``%load_ext cpgemm``: register cpgemm's magics with an IPython shell."""
+    from cpgemm.magics import load
+
+    load(shell)
+
+
+_SUBMODULES = ("deep_gemm", "dlpack", "jax", "moe", "pictures", "torch")
 
 
 def __getattr__(name: str) -> _ModuleType:

@@ -15,7 +15,7 @@ from cpgemm.errors import ArgumentError, CpgemmError
 if TYPE_CHECKING:
     from cpgemm.render import KernelSource
 
-__all__ = ["main"]
+__all__ = ["add_explain_arguments", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,10 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(handler=_render)
 
     explain = command("explain", "which kernel a shape gets, why, and the time to expect")
-    for name in ("m", "n", "k"):
-        explain.add_argument(name, type=positive, metavar=name.upper())
-    explain.add_argument("--out-dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    explain.add_argument("--accumulate", action="store_true", help="with a C operand")
+    add_explain_arguments(explain)
     explain.set_defaults(handler=_explain)
 
     from cpgemm import tune_cli
@@ -97,6 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     tune_cli.add_parser(commands)
     cli.add_parser(commands)
     return parser
+
+
+def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``explain``."""
+    from cpgemm.console import positive
+
+    for name in ("m", "n", "k"):
+        parser.add_argument(name, type=positive, metavar=name.upper())
+    parser.add_argument("--out-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--accumulate", action="store_true", help="with a C operand")
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -178,6 +178,11 @@ class KernelConfig:
         scales_end = _round_up(tiles, 128) + row_scales + column_scales
         return _round_up(_round_up(scales_end, 8) + barriers, 1024)
 
+    def _repr_html_(self) -> str:
+        from cpgemm.displays.config import config_html
+
+        return config_html(self)
+
     # -------------------------------------------------------------------- derived, for the launch
 
     def rows_loaded(self, m: int) -> int:

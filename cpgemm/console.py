@@ -1,4 +1,8 @@
-"""Tables and progress bars: with rich where it is installed, plain text where it is not."""
+"""Tables and progress bars: with rich where it is installed, plain text where it is not.
+
+In a notebook rich would print tables as HTML and need ipywidgets for bars: tables are plain text
+there, and bars are displays of our own.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-__all__ = ["counted", "positive", "print_table", "progress", "table_text"]
+__all__ = ["counted", "in_notebook", "positive", "print_table", "progress", "table_text"]
 
 _NARROWEST = 20  # columns of a terminal that a wrapped cell gets at least
+
+
+def in_notebook() -> bool:
+    """Whether output goes to a cell of a notebook: IPython runs here within a Jupyter kernel."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
 
 
 def positive(text: str) -> int:
@@ -91,10 +102,21 @@ def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
 
 @contextlib.contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr over ``total`` steps; call what it yields once a step, with its name.
+    """A bar over ``total`` steps; call what it yields once a step, with its name.
 
-    Shown on a terminal with rich only, so that logs and pipes stay clean.
+    On a terminal with rich: on stderr, gone when all is done.  In a notebook: one display under the
+    cell, updated in place, of which a line stays.  Elsewhere nothing, so that logs and pipes stay
+    clean.
     """
+    if in_notebook():
+        from cpgemm.displays.progress import NotebookBar
+
+        shown = NotebookBar(label, total)
+        try:
+            yield shown
+        finally:
+            shown.close()
+        return
     if not (sys.stderr.isatty() and _has_rich()):
         yield lambda _name: None
         return

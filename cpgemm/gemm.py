@@ -85,6 +85,14 @@ class GemmPlan:
             p.m, p.n, p.k, out_dtype=p.out_dtype, accumulate=p.accumulate, machine=self.machine
         )
 
+    def _repr_html_(self) -> str:
+        from cpgemm.displays.plan import plan_html
+
+        return plan_html(self)
+
+    def __repr__(self) -> str:
+        return f"GemmPlan({self.problem}, {self.config.name}, on {self.machine.name})"
+
     def __call__(self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any = None) -> Any:
         """Compute ``out = c + a @ b.T``; raises what ``gemm`` raises, and for another problem."""
         key = _key(a, b, out, c)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from cpgemm import settings
 from cpgemm.config import SHARED_LIMIT, KernelConfig, SplitKernelConfig
@@ -39,11 +39,13 @@ __all__ = [
     "Explanation",
     "Machine",
     "Tile",
+    "TileTimes",
     "choose",
     "configurations",
     "deepest",
     "explain",
     "predict",
+    "tile_times",
 ]
 
 _Config = TypeVar("_Config", bound=KernelConfig)
@@ -177,22 +179,33 @@ class Candidate:
     dram_us: float
 
     @property
+    def launch_us(self) -> float:
+        """What the terms do not make up: launching, clusters, the exchange of split kernels."""
+        return self.predicted_us - _overlapped(self.compute_us, self.l2_us, self.dram_us)
+
+    @property
     def bound(self) -> str:
         """The term that decides."""
         terms = {"compute": self.compute_us, "L2": self.l2_us, "DRAM": self.dram_us}
         return max(terms, key=lambda name: terms[name])
 
 
-def _k_block_clocks(config: KernelConfig) -> float:
-    m64 = config.block_m / 64
-    tensor = config.block_m * config.block_n / 32
-    read = m64 * (8192 + 128 * config.block_n)
+def _tensor_clocks(config: KernelConfig) -> float:
+    return config.block_m * config.block_n / 32
+
+
+def _shared_clocks(config: KernelConfig) -> float:
+    read = config.block_m / 64 * (8192 + 128 * config.block_n)
     written = 128 * (config.block_m + config.block_n)
-    busy = _BUSY * max(tensor, (read + written) / 128)
+    return (read + written) / 128
+
+
+def _k_block_clocks(config: KernelConfig) -> float:
+    busy = _BUSY * max(_tensor_clocks(config), _shared_clocks(config))
     chain = config.waves * (_CHAIN + _CHAIN_COLUMN[config.row_parts] * config.wave_n)
     if config.row_parts == 1:
         return max(busy, chain)
-    promotion = m64 * config.block_n / 2
+    promotion = config.block_m / 64 * config.block_n / 2
     return max(busy + _PROMOTION[config.consumers] * promotion, chain)
 
 
@@ -259,6 +272,39 @@ def _predict(problem: GemmProblem, config: KernelConfig, machine: Machine) -> Ca
 
 
 @dataclass(frozen=True)
+class TileTimes:
+    """The model's terms for one tile of one block, in microseconds.
+
+    ``k_blocks``: of 128 that the block multiplies.  ``load_us``: between two stages, where L2 or
+    DRAM deliver to all blocks at once.  ``multiply_us``: a k-block, with promotion; ``tensor_us``:
+    how long it keeps tensor cores or shared memory busy.  ``epilogue_us``: what follows the last
+    k-block: stores, or the exchange of a split kernel's sums.
+    """
+
+    k_blocks: int
+    load_us: float
+    multiply_us: float
+    tensor_us: float
+    epilogue_us: float
+
+
+def tile_times(problem: GemmProblem, config: KernelConfig, machine: Machine) -> TileTimes:
+    """The terms of ``predict`` for one tile."""
+    whole = _predict(problem, config, machine)
+    busy = _BUSY * max(_tensor_clocks(config), _shared_clocks(config))
+    if isinstance(config, SplitKernelConfig):
+        k_blocks = -(-problem.k_blocks // config.splits)
+        us = 1 / (machine.clock_ghz * 1e3)
+        step, epilogue = _SPLIT_CHAIN, _SPLIT_US / us
+    else:
+        k_blocks = problem.k_blocks
+        step, epilogue = _k_block_clocks(config), _epilogue_clocks(config)
+        us = whole.compute_us / (whole.waves * (k_blocks * step + epilogue))
+    load = max(whole.l2_us, whole.dram_us) / (whole.waves * k_blocks)
+    return TileTimes(k_blocks, load, step * us, min(busy, step) * us, epilogue * us)
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The choice for a ``problem`` on a ``machine``, and what it was chosen from.
 
@@ -276,6 +322,14 @@ class Explanation:
     def choice(self) -> Candidate:
         """The fastest candidate."""
         return self.candidates[0]
+
+    def _repr_html_(self) -> str:
+        from cpgemm.displays.plan import explanation_html
+
+        return explanation_html(self)
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(str(self))
 
     def __str__(self) -> str:
         p = self.problem

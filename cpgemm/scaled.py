@@ -350,6 +350,11 @@ class ScaledTensor:
         )
         return aligned and is_k_contiguous(data)
 
+    def _repr_html_(self) -> str:
+        from cpgemm.displays.tensor import tensor_html
+
+        return tensor_html(self)
+
     def __repr__(self) -> str:
         order = "K-major" if self.is_k_major else "not K-major"
         return (

@@ -305,9 +305,11 @@ class TunedExplanation(Explanation):
 
     def __str__(self) -> str:
         first, *others = super().__str__().splitlines()
-        return "\n".join((first, self._measured(), *others))
+        return "\n".join((first, self.measured, *others))
 
-    def _measured(self) -> str:
+    @property
+    def measured(self) -> str:
+        """How the choice was measured, in words."""
         one = self.tuned
         what = f"measured at M = {one.m}: {one.us:.1f} us"
         if one.kernel == one.model:

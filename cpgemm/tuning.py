@@ -7,7 +7,6 @@ otherwise the model's choice is written down, so that the shape is known to be m
 from __future__ import annotations
 
 import datetime
-import html
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,17 +79,10 @@ class TuneResult:
         return "\n".join((table, "", *self._remarks()))
 
     def _repr_html_(self) -> str:
-        def line(tag: str, cells: Sequence[str]) -> str:
-            sides = ("right" if column in _NUMBERS else "left" for column in _COLUMNS)
-            return "".join(
-                f'<{tag} style="text-align: {side}; padding: 2px 8px">{html.escape(cell)}</{tag}>'
-                for side, cell in zip(sides, cells, strict=True)
-            )
+        from cpgemm.displays.html import card, note, table
 
-        head = line("th", _COLUMNS)
-        body = "".join(f"<tr>{line('td', row)}</tr>" for row in self.rows())
-        remarks = "<br>".join(map(html.escape, self._remarks()))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{remarks}</p>"
+        shown = table(_COLUMNS, self.rows(), numbers=_NUMBERS)
+        return card("Tuning", self.machine.name, shown, *map(note, self._remarks()))
 
     def _remarks(self) -> Iterator[str]:
         better = sum(choice.kernel != choice.model for choice in self.choices)

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from picture_checks import boxes, drawn_texts, overlap
 
 from cpgemm.bench.cases import LAYERS, suite
 from cpgemm.bench.plot_data import (
@@ -29,10 +30,10 @@ from cpgemm.bench.plot_data import (
     spaced,
     speedup_panels,
 )
-from cpgemm.bench.plot_style import THEMES, Theme, drawing, style_of
 from cpgemm.bench.plots import figures, write_plots
 from cpgemm.bench.result import Case, Report, Row, report_of
 from cpgemm.errors import ArgumentError, MissingDependencyError
+from cpgemm.plot_style import THEMES, Theme, drawing, style_of
 from cpgemm.timing import summarize
 
 # Microseconds on one H200 by layer, in the order of LAYERS.  At M below 64 cpgemm's are made up.
@@ -419,43 +420,14 @@ def test_a_contender_looks_the_same_everywhere(theme: Theme) -> None:
 
 def drawn(report: Report, theme: Theme) -> dict[str, tuple[Any, list[Any]]]:
     """Each figure, drawn, with every text that was put on it."""
-    from matplotlib.text import Text
-
-    found: dict[str, tuple[Any, list[Any]]] = {}
-    original = Text.draw
-    with drawing(theme), pytest.MonkeyPatch.context() as patch:
-        for name, figure in figures(report, theme):
-            texts: list[Any] = []
-
-            def draw(self: Any, renderer: Any, texts: list[Any] = texts) -> None:
-                original(self, renderer)
-                if self.get_visible() and self.get_text().strip():
-                    texts.append(self)
-
-            patch.setattr(Text, "draw", draw)
-            figure.canvas.draw()
-            patch.setattr(Text, "draw", original)
-            found[name] = (figure, texts)
-    return found
+    with drawing(theme):
+        return {name: (figure, drawn_texts(figure)) for name, figure in figures(report, theme)}
 
 
 @pytest.fixture(scope="module")
 def pictures() -> dict[str, dict[str, tuple[Any, list[Any]]]]:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra plot)")
     return {name: drawn(make(), THEMES[0]) for name, make in REPORTS.items()}
-
-
-def boxes(figure: Any, texts: Sequence[Any]) -> list[tuple[str, Any]]:
-    from matplotlib.text import Text
-
-    renderer = figure.canvas.get_renderer()
-    return [(text.get_text(), Text.get_window_extent(text, renderer)) for text in texts]
-
-
-def overlap(one: Any, other: Any, slack: float = 1.0) -> bool:
-    wide = min(one.x1, other.x1) - max(one.x0, other.x0)
-    high = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return wide > slack and high > slack
 
 
 def each(pictures: dict[str, Any]) -> Iterator[tuple[str, Any, list[Any]]]:

@@ -18,7 +18,7 @@ from cpgemm.bench.result import Case, Report, read_report, write_report, write_t
 from cpgemm.console import positive
 from cpgemm.errors import DeviceError, MissingDependencyError, reject
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser", "measured", "run"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 
@@ -108,7 +108,23 @@ def run(args: argparse.Namespace) -> int:
         report = read_report(args.source)
         _make(report, args)
         return _exit_code(report)
-    return _measure(args)
+    report, interrupted = _measure(args)
+    _make(report, args)
+    return INTERRUPTED if interrupted else _exit_code(report)
+
+
+def measured(args: argparse.Namespace) -> Report:
+    """Measure what the options say and write the files that they ask for; no tables are printed.
+
+    For callers who show the report themselves.  Raises ``ArgumentError`` for options that measure
+    nothing (--from, --compare) or contradict each other.
+    """
+    _check_options(args)
+    if args.compare or args.source:
+        reject("options", "must measure", "--compare or --from", "Leave it out.")
+    report, _interrupted = _measure(args)
+    _write(report, args)
+    return report
 
 
 def _exit_code(report: Report) -> int:
@@ -154,7 +170,8 @@ def _check_writable(option: str, folder: Path) -> None:
 # -------------------------------------------------------------------------------------- measuring
 
 
-def _measure(args: argparse.Namespace) -> int:
+def _measure(args: argparse.Namespace) -> tuple[Report, bool]:
+    """The report, and whether Ctrl-C ended the run."""
     from cpgemm.bench.report import print_report
 
     cases, why = _choose(args)
@@ -193,8 +210,7 @@ def _measure(args: argparse.Namespace) -> int:
     if interrupted and args.publish is not None:
         print(f"{args.publish} is left as it was: a page is made of complete runs.")
         args.publish = None
-    _make(report, args)
-    return INTERRUPTED if interrupted else _exit_code(report)
+    return report, interrupted
 
 
 def _collect(
@@ -257,10 +273,10 @@ def _choose(args: argparse.Namespace) -> tuple[tuple[Case, ...], str | None]:
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Done]:
-    """A bar on a terminal, a line for each case in a log; both on stderr."""
-    from cpgemm.console import progress
+    """A bar on a terminal (on stderr) and in a notebook, a line for each case in a log (stderr)."""
+    from cpgemm.console import in_notebook, progress
 
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() or in_notebook():
         with progress("measuring", total) as step:
             yield step
         return
@@ -279,9 +295,15 @@ def _progress(total: int) -> Iterator[Done]:
 
 def _make(report: Report, args: argparse.Namespace) -> None:
     """Print the report and write the files that were asked for."""
-    from cpgemm.bench.report import markdown, print_report
+    from cpgemm.bench.report import print_report
 
     print_report(report, width=_width())
+    _write(report, args)
+
+
+def _write(report: Report, args: argparse.Namespace) -> None:
+    from cpgemm.bench.report import markdown
+
     written: list[Path] = []
     if args.json is not None:
         write_report(report, args.json)

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpgemm.bench.plot_data import LARGE, Bar, Group, Panel, Point, Roofs, Sweep, spaced
-from cpgemm.bench.plot_style import Page, Theme, bar_place, style_of, text_inches
+from cpgemm.plot_style import Page, Theme, bar_place, style_of, text_inches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["BarChart", "bar_chart", "decode", "panel_height", "roofline"]
+__all__ = ["EVERY_PRODUCT", "BarChart", "bar_chart", "decode", "panel_height", "roofline"]
 
+EVERY_PRODUCT = "Roofline: every product of the run"
 _BAR = 0.155  # inches; labels of 7.5 points fit without touching
 _BETWEEN = 0.12  # inches between groups of bars
 _PANEL_HEAD, _PANEL_FOOT = 0.35, 0.5  # inches for a panel's title and its axis
@@ -175,7 +176,14 @@ def _bar(axes: Axes, theme: Theme, bar: Bar, y: float, chart: BarChart, per_inch
 # -------------------------------------------------------------------------------------- roofline
 
 
-def roofline(theme: Theme, machine: str, points: Sequence[Point], best: Roofs) -> Figure:
+def roofline(
+    theme: Theme,
+    machine: str,
+    points: Sequence[Point],
+    best: Roofs,
+    *,
+    title: str = EVERY_PRODUCT,
+) -> Figure:
     """Rows of ours filled, peers hollow, the roofs as lines, each row's own floor as a dash."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -215,7 +223,7 @@ def roofline(theme: Theme, machine: str, points: Sequence[Point], best: Roofs) -
     caption += " On top: where dense rows of that M lie." if marks else ""
     page = Page(
         theme,
-        "Roofline: every product of the run",
+        title,
         (machine, caption),
         handles,
         width=11.0,

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cpgemm.bench.plot_style import bar_place
 from cpgemm.bench.ratios import base_name, counterpart, floor_of, speedup
 from cpgemm.bench.result import Case, Report, Row
 from cpgemm.heuristics import H200
+from cpgemm.plot_style import bar_place
 
 __all__ = [
     "LARGE",

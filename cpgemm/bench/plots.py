@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 from cpgemm.bench import plot_charts, plot_data
 from cpgemm.bench.plot_charts import BarChart
 from cpgemm.bench.plot_data import LARGE, Panel
-from cpgemm.bench.plot_style import THEMES, Theme, drawing, require_matplotlib, save
 from cpgemm.bench.result import Report
 from cpgemm.errors import reject
+from cpgemm.plot_style import THEMES, Theme, drawing, require_matplotlib, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from cpgemm.machine import MachineRecord
 
 __all__ = [
     "Column", "Table", "format_time", "machine_lines", "markdown", "method_line", "notes",
-    "print_report", "print_table", "tables",
+    "print_report", "print_table", "report_text", "tables",
 ]  # fmt: skip
 
 LEGEND = (
@@ -200,17 +201,33 @@ def method_line(report: Report) -> str:
 # ------------------------------------------------------------------------------------ terminal
 
 
-def print_report(report: Report, *, width: int | None = None, file: TextIO | None = None) -> None:
-    """Print all tables and what is to be said, on stdout by default, for ``width`` columns."""
+def print_report(
+    report: Report,
+    *,
+    width: int | None = None,
+    file: TextIO | None = None,
+    plain: bool = False,
+) -> None:
+    """Print all tables and what is to be said, on stdout by default, for ``width`` columns.
+
+    ``plain``: without rich, whether it is installed or not.
+    """
     width = width or shutil.get_terminal_size((120, 24)).columns
     file = file or sys.stdout
     for table in tables(report):
-        print_table(table, width, file)
+        print_table(table, width, file, plain=plain)
     texts = [*notes(report), LEGEND, *machine_lines(report)]
     if report.method.get("windows"):
         texts.insert(-3, method_line(report))
     for text in texts:
         print(textwrap.fill(text, min(width, 120), subsequent_indent="  "), file=file)
+
+
+def report_text(report: Report, width: int = 120) -> str:
+    """What ``print_report`` prints, as plain text."""
+    file = io.StringIO()
+    print_report(report, width=width, file=file, plain=True)
+    return file.getvalue().rstrip("\n")
 
 
 def _parts(table: Table, width: int) -> Iterator[Table]:
@@ -232,18 +249,20 @@ def _total(columns: Sequence[Column], gap: int = 1) -> int:
     return sum(column.width for column in columns) + gap * (len(columns) - 1)
 
 
-def print_table(table: Table, width: int, file: TextIO) -> None:
+def print_table(table: Table, width: int, file: TextIO, *, plain: bool = False) -> None:
     """Print one table, in parts where it is too wide; with rich where it is installed."""
     for part in _parts(table, width):
-        _print_part(part, width, file)
+        _print_part(part, width, file, plain)
 
 
-def _print_part(table: Table, width: int, file: TextIO) -> None:
+def _print_part(table: Table, width: int, file: TextIO, plain: bool) -> None:
     gap = 2 if _total(table.columns, 2) <= width else 1
     width = max(width, _total(table.columns, gap))  # rather broken by the terminal than cut
     try:
         from rich.console import Console
     except ImportError:
+        plain = True
+    if plain:
         _print_plain(table, gap, file)
         return
     from rich import box
@@ -262,7 +281,8 @@ def _print_part(table: Table, width: int, file: TextIO) -> None:
     for cells in zip(*(column.cells for column in table.columns), strict=True):
         heads = [column.head[0] for column in table.columns]
         shown.add_row(*(Text(c, _style(h, c)) for h, c in zip(heads, cells, strict=True)))
-    Console(file=file, width=width).print(shown, "")
+    # In a notebook rich would show HTML whatever the file.
+    Console(file=file, width=width, force_jupyter=False).print(shown, "")
 
 
 def _style(head: str, cell: str) -> str:

@@ -140,6 +140,16 @@ class Report:
             _refuse(where, "must be the only one of its case and contender", "a second one")
         self.rows.append(row)
 
+    def _repr_html_(self) -> str:
+        from cpgemm.displays.report import report_html
+
+        return report_html(self)
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        from cpgemm.bench.report import report_text
+
+        printer.text(report_text(self))
+
     def as_dict(self) -> dict[str, Any]:
         """What is written as JSON: the version first, rows last, None for NaN and infinity."""
         fields = dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""What all pictures of a benchmark share: colours, the page with its header, and saving.
+"""What all pictures share: colours, the page with its header, and saving.
 
 matplotlib is used through its objects only, and within ``drawing``: the caller's rcParams neither
 change nor show, and pyplot is not imported.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpgemm.errors import MissingDependencyError
+from cpgemm.errors import MissingDependencyError, reject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ __all__ = [
     "save",
     "style_of",
     "text_inches",
+    "theme_named",
 ]
 
 DPI = 120
@@ -88,6 +89,16 @@ THEMES = (
         spare=("#ff8a5c", "#5fd3e6", "#c3d16a"),
     ),
 )
+
+
+def theme_named(name: object) -> Theme:
+    """``light`` or ``dark``; ``ArgumentError`` for another name."""
+    for theme in THEMES:
+        if theme.name == name:
+            return theme
+    reject("theme", "must be 'light' or 'dark'", repr(name), "Leave it out for light.")
+
+
 # In the order of bars; others follow.
 _KNOWN = ("cpgemm", "cublaslt block", "cutlass", "deep_gemm", "cublaslt tensor")
 _MARKERS = {
@@ -144,7 +155,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            "matplotlib: drawing a benchmark's pictures needs it; it is not installed. "
+            "matplotlib: drawing pictures needs it; it is not installed. "
             'Run: pip install "matplotlib>=3.8" (or "cpgemm[plot]").'
         ) from error
 
@@ -219,11 +230,12 @@ class Page:
         content: float,
     ) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+
+        from cpgemm.plot_figure import Picture
 
         room = width - 2 * _MARGIN
         self.theme, self.width = theme, width
-        self.figure: Figure = Figure(figsize=(width, 10), dpi=DPI)
+        self.figure: Figure = Picture(figsize=(width, 10), dpi=DPI)
         canvas = FigureCanvasAgg(self.figure)
         lines = _wrapped(title, room, _HEAD)
         small = [line for caption in captions for line in _wrapped(caption, room, _TEXT)]
