@@ -201,7 +201,7 @@ def plan_gemm(
 ) -> GemmPlan:
     """Prepare D = C + A @ B.T for A (m, k) and B (n, k), cached.
 
-``out_dtype``: "bfloat16" or "float32", of D and C.  ``accumulate`` says whether calls pass
+    ``out_dtype``: "bfloat16" or "float32", of D and C.  ``accumulate`` says whether calls pass
     ``c``.  ``config`` overrides the choice.  ``deterministic`` and ``static_b`` are those of
     ``gemm``.  Raises ``ArgumentError`` for sizes that no kernel takes (k % 16, n % 8, empty) or a
     misfit ``config``.
