@@ -32,6 +32,7 @@ __all__ = [
     "nvcc_path",
     "pdl",
     "template_dir",
+    "toolkit_program",
     "tuned",
     "tuned_file",
 ]
@@ -81,11 +82,13 @@ def nvcc_path() -> str | None:
     chosen = os.environ.get("CPGEMM_NVCC")
     if chosen:
         return chosen
-    found = shutil.which("nvcc")
-    if found:
-        return found
+    return shutil.which("nvcc") or toolkit_program("nvcc")
+
+
+def toolkit_program(name: str) -> str | None:
+    """A program of the CUDA toolkit in ``$CUDA_HOME`` or its usual place, or None."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    candidate = Path(home) / "bin" / "nvcc"
+    candidate = Path(home) / "bin" / name
     return str(candidate) if candidate.is_file() else None
 
 

@@ -1,41 +1,17 @@
 """What a compiled kernel uses: read from the ptxas report and from the machine code itself.
 
-The counts of instructions come from the cubin's ``.text`` sections, so that no toolkit is needed.
-A Hopper instruction is 16 bytes, little-endian; the low nine bits of its first word are the opcode
-(bits 9-11 say where the operands come from, bits 12-15 hold the guard predicate).  The table below
-was found by compiling one small kernel per PTX instruction with NVRTC 12.9 and nvcc 13.0 for sm_90a
-and reading ``nvdisasm -hex`` beside it; nine bits kept every mnemonic apart.
+The counts of instructions come from the cubin itself (``machine_code``): no toolkit is needed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import struct
-from collections import Counter
-from collections.abc import Iterator
 
 from cpgemm.errors import CompileError
+from cpgemm.machine_code import count_instructions
 
-__all__ = ["ResourceReport", "count_instructions", "parse_report", "text_sections"]
-
-# opcode -> mnemonic of nvdisasm, sm_90a only.
-_OPCODES = {
-    0x183: "LDL",  # load from local memory
-    0x187: "STL",  # store to local memory
-    0x1B4: "UTMALDG",  # cp.async.bulk.tensor global -> shared, multicast or not
-    0x1B5: "UTMASTG",  # cp.async.bulk.tensor shared -> global
-    0x1B6: "UTMAREDG",  # cp.reduce.async.bulk.tensor
-    0x1B8: "UTMAPF",  # cp.async.bulk.prefetch.tensor
-    0x1BA: "UBLKCP",  # cp.async.bulk, either direction
-    0x1BB: "UBLKRED",  # cp.reduce.async.bulk
-    0x1F0: "HGMMA",  # wgmma f16, bf16, tf32
-    0x1F1: "IGMMA",  # wgmma s8, u8
-    0x1F2: "BGMMA",  # wgmma b1
-    0x1F3: "QGMMA",  # wgmma e4m3, e5m2
-}
-_OPCODE_MASK = 0x1FF
-_INSTRUCTION_BYTES = 16
+__all__ = ["ResourceReport", "parse_report"]
 
 _ENTRY = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -149,44 +125,3 @@ def parse_report(log: str, cubin: bytes, entry: str) -> ResourceReport:
 
 def _number(pattern: re.Pattern[str], text: str) -> int:
     return sum(int(number) for number in pattern.findall(text))
-
-
-def count_instructions(cubin: bytes) -> tuple[Counter[str], int]:
-    """Counts of the mnemonics in the table above, and of all instructions, over the whole cubin."""
-    counts: Counter[str] = Counter()
-    total = 0
-    for _, code in text_sections(cubin):
-        total += len(code) // _INSTRUCTION_BYTES
-        for low, _ in struct.iter_unpack("<QQ", code[: len(code) // 16 * 16]):
-            mnemonic = _OPCODES.get(low & _OPCODE_MASK)
-            if mnemonic is not None:
-                counts[mnemonic] += 1
-    return counts, total
-
-
-def text_sections(cubin: bytes) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of each ``.text.*`` section of a 64-bit little-endian ELF file.
-
-    Offsets follow the ELF-64 file header (section table at 0x28, its entry size, count and string
-    section at 0x3A) and section header (name, type, flags, address, offset, size).
-    """
-    try:
-        if cubin[:6] != b"\x7fELF\x02\x01":
-            raise ValueError("not a 64-bit little-endian ELF file")
-        (table,) = struct.unpack_from("<Q", cubin, 0x28)
-        size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
-        headers = [
-            struct.unpack_from("<IIQQQQ", cubin, table + index * size) for index in range(count)
-        ]
-        names_at, names_size = headers[names_index][4:6]
-        names = cubin[names_at : names_at + names_size]
-        sections = []
-        for name_at, _, _, _, offset, length in headers:
-            name = names[name_at : names.index(b"\0", name_at)].decode("ascii", "replace")
-            if name.startswith(".text."):
-                if offset + length > len(cubin):
-                    raise ValueError(f"section {name} is cut off")
-                sections.append((name, cubin[offset : offset + length]))
-    except (struct.error, ValueError, IndexError) as error:
-        raise CompileError(f"the cubin ({len(cubin)} bytes) is damaged: {error}") from error
-    yield from sections

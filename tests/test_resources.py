@@ -7,7 +7,8 @@ import struct
 import pytest
 
 from cpgemm.errors import CompileError
-from cpgemm.resources import ResourceReport, count_instructions, parse_report, text_sections
+from cpgemm.machine_code import count_instructions, text_sections
+from cpgemm.resources import ResourceReport, parse_report
 
 LOG = """\
 ptxas info    : 0 bytes gmem

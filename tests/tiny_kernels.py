@@ -116,6 +116,13 @@ def source(text: str, entry: str, *, name: str | None = None, shared: int = 0) -
     return KernelSource(name or entry, text, entry, "none", digest, shared)
 
 
+def kernel_named(name: str) -> KernelSource:
+    """A kernel of the package."""
+    from cpgemm.kernels import all_sources
+
+    return next(kernel for kernel in all_sources() if kernel.name == name)
+
+
 def fresh_copy(mark: object) -> KernelSource:
     """The copy kernel under a digest of its own."""
     return source(f"// {mark}\n{COPY}", "copy")
