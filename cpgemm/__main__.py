@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -165,13 +164,9 @@ def _sources() -> list[KernelSource]:
 
 
 def _find(name: str, sources: Sequence[KernelSource]) -> KernelSource:
-    for source in sources:
-        if source.name == name:
-            return source
-    names = [source.name for source in sources]
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    mend = f"Did you mean {', '.join(near)}?" if near else "Names: python -m cpgemm render --list."
-    raise ArgumentError(f"NAME: must be one of the {len(names)} kernels; got {name!r}. {mend}")
+    from cpgemm.render import find_source
+
+    return find_source(name, sources, argument="NAME")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,20 @@ import os
 import shutil
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cpgemm import env
-from cpgemm.errors import CompileError, DeviceError, FrozenError, MissingDependencyError, reject
+from cpgemm.errors import (
+    CompileError,
+    DeviceError,
+    FrozenError,
+    KernelWarning,
+    MissingDependencyError,
+    reject,
+)
 from cpgemm.locking import locked
 from cpgemm.problem import HOPPER
 from cpgemm.render import KernelSource
@@ -43,6 +51,8 @@ __all__ = [
     "compile_kernel",
     "freeze",
     "load_kernel",
+    "ptx_of",
+    "require_cupy",
 ]
 
 ARCH = "sm_90a"
@@ -81,7 +91,7 @@ class LoadedKernel:
     device: int
 
 
-_loaded: dict[tuple[int, str, str, str], LoadedKernel] = {}
+_loaded: dict[tuple[int, str, str, str, int], LoadedKernel] = {}
 
 
 def compile_kernel(
@@ -97,9 +107,30 @@ def compile_kernel(
     when the cache has the kernel.
 
     Raises ``CompileError`` (with log and kept source) when the source does not compile or uses
-    local memory, serialises its wgmma or loses its setmaxnreg; ``FrozenError`` inside ``freeze()``;
+    local memory, serialises its wgmma or loses its setmaxnreg (for a source that is not ``strict``
+    these are a ``KernelWarning``); ``FrozenError`` inside ``freeze()``;
     ``MissingDependencyError`` and ``DeviceError`` when compiler or cache folder are not usable.
     """
+    kernel = _compiled_or_cached(source, arch, compiler, force)
+    if not source.strict and (faults := kernel.report.faults()):
+        warnings.warn(f"{source.name}: {'; '.join(faults)}", KernelWarning, stacklevel=2)
+    return kernel
+
+
+def ptx_of(source: KernelSource, *, arch: str = ARCH, compiler: str | None = None) -> str:
+    """The PTX of ``source``, for reading: nothing loads it, so that ``freeze()`` allows it.
+
+    Raises what ``compile_kernel`` raises for a source or a compiler that is not usable.
+    """
+    global _compiled
+    with _state:
+        _compiled += 1
+    return toolchain(compiler).ptx(source, arch)
+
+
+def _compiled_or_cached(
+    source: KernelSource, arch: str, compiler: str | None, force: bool
+) -> CompiledKernel:
     if arch != ARCH:
         reject("arch", f"must be {ARCH}", repr(arch), "Kernels use wgmma, which is Hopper's alone.")
     tool = toolchain(compiler)
@@ -123,7 +154,7 @@ def load_kernel(source: KernelSource) -> LoadedKernel:
     Loaded kernels stay loaded, one per device.  Dynamic shared memory is raised to
     ``source.shared_bytes``.  Raises ``DeviceError`` without a GPU of compute capability 9.0.
     """
-    cupy = _cupy()
+    cupy = require_cupy()
     try:
         device = int(cupy.cuda.runtime.getDevice())
     except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -131,7 +162,7 @@ def load_kernel(source: KernelSource) -> LoadedKernel:
             f"device: running a kernel needs a Hopper GPU and its driver; got {error}. "
             "NumPy arrays are multiplied without one."
         ) from error
-    slot = (device, source.digest, source.entry, env.compiler())
+    slot = (device, source.digest, source.entry, env.compiler(), source.shared_bytes)
     if found := _loaded.get(slot):
         return found
     capability = str(cupy.cuda.Device(device).compute_capability)
@@ -150,7 +181,8 @@ def load_kernel(source: KernelSource) -> LoadedKernel:
         function = cupy.RawModule(path=str(compiled.cubin)).get_function(source.entry)
         try:
             handle = int(function.kernel.ptr)
-            if source.shared_bytes:
+            # CuPy shares functions of one file: what another kernel has raised must not sink.
+            if source.shared_bytes > function.max_dynamic_shared_size_bytes:
                 function.max_dynamic_shared_size_bytes = source.shared_bytes
         except cupy.cuda.driver.CUDADriverError as error:
             raise DeviceError(f"{source.name}: {compiled.cubin} does not load: {error}") from error
@@ -206,6 +238,8 @@ def _read_entry(source: KernelSource, folder: Path, key: str) -> CompiledKernel 
         if hashlib.sha256(cubin.read_bytes()).hexdigest() != record["cubin_sha256"]:
             return None
         report = ResourceReport(**record["resources"])
+        if source.strict and report.faults():  # made for one that was not
+            return None
         return CompiledKernel(source, cubin, log, report, float(record["seconds"]), cached=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -222,7 +256,7 @@ def _build(
     try:
         cubin, log, seconds = tool.compile(source, arch)
         report = parse_report(log, cubin, source.entry)
-        if faults := report.faults():
+        if source.strict and (faults := report.faults()):
             said = "".join(f"\n{line}" for line in log.splitlines() if "Performance Loss" in line)
             raise CompileError(f"{source.name} is refused: {'; '.join(faults)}{said}", log=log)
     except CompileError as error:
@@ -311,7 +345,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _cupy() -> Any:
+def require_cupy() -> Any:
+    """CuPy, or ``MissingDependencyError``."""
     try:
         import cupy
     except ImportError as error:

@@ -15,7 +15,9 @@ __all__ = [
     "CpgemmError",
     "DeviceError",
     "FrozenError",
+    "KernelWarning",
     "MissingDependencyError",
+    "WrongResultError",
     "reject",
 ]
 
@@ -54,6 +56,14 @@ class CompileError(CpgemmError, RuntimeError):
 
 class FrozenError(CpgemmError, RuntimeError):
     """A kernel would have been compiled inside ``cpgemm.freeze()``."""
+
+
+class WrongResultError(CpgemmError, AssertionError):
+    """A kernel of a user's template computes something else than the product."""
+
+
+class KernelWarning(UserWarning):
+    """A kernel of a user's template works, but slowly: it spills or serialises its wgmma."""
 
 
 def reject(

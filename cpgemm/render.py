@@ -10,21 +10,29 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpgemm import env
 from cpgemm.errors import CompileError, MissingDependencyError, reject
+from cpgemm.headers import digest, find_headers
+from cpgemm.source_map import SourceMap
 
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["KernelSource", "headers_of", "render"]
+__all__ = [
+    "KernelSource",
+    "check_names",
+    "find_source",
+    "headers_of",
+    "new_environment",
+    "render",
+    "with_banner",
+]
 
-_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(?:"([^"\n]+)"|<([^>\n]+)>)', re.MULTILINE)
 _FILE_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,119}")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -39,6 +47,10 @@ class KernelSource:
     - ``template``: the template's file name
     - ``digest``: sha256 (hex) of the text and of every header that it really includes
     - ``shared_bytes``: dynamic shared memory of a launch, in bytes
+    - ``origin``: of a user's template: where its lines come from, and its headers; None for the
+      package's own kernels
+    - ``strict``: whether a build that spills, or is slow in another such way, is refused;
+      otherwise it warns
     """
 
     name: str
@@ -47,6 +59,8 @@ class KernelSource:
     template: str
     digest: str
     shared_bytes: int = 0
+    origin: SourceMap | None = dataclasses.field(default=None, compare=False, repr=False)
+    strict: bool = True
 
 
 def render(
@@ -66,80 +80,39 @@ def render(
     name, and for a header that is missing; ``ArgumentError`` for a name that is no file name or an
     entry that is no C identifier.
     """
+    check_names(name, entry, shared_bytes)
+    text = with_banner(_render_text(template, values), f"templates/{template}", name, values)
+    headers = find_headers(text, (env.header_dir(),))
+    contents = {header: path.read_bytes() for header, path in headers.items()}
+    return KernelSource(name, text, entry, template, digest(text, contents), shared_bytes)
+
+
+def headers_of(text: str) -> tuple[str, ...]:
+    """Names of the headers in ``env.header_dir()`` that ``text`` includes, directly or not.
+
+    As ``headers.find_headers`` finds them, whose ``CompileError`` names one that is missing.
+    """
+    return tuple(find_headers(text, (env.header_dir(),)))
+
+
+def check_names(name: str, entry: str, shared_bytes: int) -> None:
+    """The rules of ``render`` for what is not a value of the template."""
     if not _FILE_SAFE.fullmatch(name):
         reject("name", "letters, digits, _ . - only, 120 at most", repr(name), "Shorten or clean.")
     if not _IDENTIFIER.fullmatch(entry):
         reject("entry", "must be a C identifier", repr(entry), "Use letters, digits and _.")
     if shared_bytes < 0:
         reject("shared_bytes", "must not be negative", shared_bytes, "Use 0 for none.")
-    body = _render_text(template, values)
-    text = "\n".join(_banner(template, name, values)) + "\n\n" + body
-    return KernelSource(name, text, entry, template, _digest(text), shared_bytes)
 
 
-def headers_of(text: str) -> tuple[str, ...]:
-    """Names of the headers in ``env.header_dir()`` that ``text`` includes, directly or not.
-
-    In the order of their first inclusion.  Includes behind ``#if`` count as included: a key that
-    covers one header too many is safe, one too few is not.  ``<...>`` names that the folder lacks
-    belong to the compiler and are left out.  Raises ``CompileError`` for a missing ``"..."`` name.
-    """
-    root = env.header_dir()
-    found: dict[str, None] = {}
-
-    def visit(source: str, includer: str) -> None:
-        folder = PurePosixPath(includer).parent
-        for quoted, angled in _INCLUDE.findall(source):
-            header = _resolve(root, folder, quoted or angled)
-            if header is None:
-                if angled:
-                    continue
-                raise CompileError(_missing_header(root, quoted, includer))
-            if header not in found:
-                found[header] = None
-                visit((root / header).read_text(encoding="utf-8"), header)
-
-    visit(text, "")
-    return tuple(found)
-
-
-def _resolve(root: Path, folder: PurePosixPath, include: str) -> str | None:
-    """The name relative to ``root``: beside the includer first, as the compiler looks it up."""
-    for candidate in (folder / include, PurePosixPath(include)):
-        parts: list[str] = []
-        for part in candidate.parts:
-            if part == ".." and parts:
-                parts.pop()
-            elif part not in (".", ""):
-                parts.append(part)
-        relative = PurePosixPath(*parts)
-        if not relative.is_absolute() and ".." not in parts and (root / relative).is_file():
-            return str(relative)
-    return None
-
-
-def _missing_header(root: Path, header: str, includer: str) -> str:
-    where = f"the header {includer!r}" if includer else "the kernel"
-    known = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.cuh"))
-    near = difflib.get_close_matches(header, known, n=3)
-    mend = f"Did you mean {', '.join(near)}?" if near else f"Headers live in {root}."
-    return f"{where} includes {header!r}, which is not among cpgemm's headers. {mend}"
-
-
-def _digest(text: str) -> str:
-    root = env.header_dir()
-    digest = hashlib.sha256(text.encode())
-    for header in sorted(headers_of(text)):
-        content = (root / header).read_bytes()
-        # Lengths keep two different splits of the same bytes apart.
-        digest.update(f"\0{header}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
+def with_banner(body: str, template: str, name: str, values: Mapping[str, object]) -> str:
+    """A rendered text behind the comment that says what it was rendered from."""
+    return "\n".join(_banner(template, name, values)) + "\n\n" + body
 
 
 def _banner(template: str, name: str, values: Mapping[str, object]) -> Iterator[str]:
     yield f"// {name}"
-    yield f"// Rendered by cpgemm from templates/{template}; edit the template, not this file."
+    yield f"// Rendered by cpgemm from {template}; edit the template, not this file."
     for key in sorted(values):
         for label, value in _flatten(key, values[key]):
             # A newline or a trailing backslash would let a value escape from its comment.
@@ -160,6 +133,11 @@ def _flatten(label: str, value: object) -> Iterator[tuple[str, object]]:
 
 @functools.lru_cache(maxsize=4)
 def _environment(folder: str) -> jinja2.Environment:
+    return new_environment((Path(folder),))
+
+
+def new_environment(folders: Sequence[Path]) -> jinja2.Environment:
+    """How all templates are rendered; they are looked for in ``folders``, in their order."""
     try:
         import jinja2
     except ImportError as error:
@@ -167,7 +145,7 @@ def _environment(folder: str) -> jinja2.Environment:
             "jinja2: rendering a kernel needs it; it is not installed. Run: pip install jinja2"
         ) from error
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
+        loader=jinja2.FileSystemLoader([str(folder) for folder in folders]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -208,3 +186,14 @@ def _template_line(error: Exception, template: str) -> str:
             where = f"{Path(filename).name}:{trace.tb_lineno}"
         trace = trace.tb_next
     return where
+
+
+def find_source(name: str, sources: Sequence[KernelSource], *, argument: str) -> KernelSource:
+    """The kernel called ``name``; ``ArgumentError``, which calls it by ``argument``, for none."""
+    for source in sources:
+        if source.name == name:
+            return source
+    names = [source.name for source in sources]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    mend = f"Did you mean {', '.join(near)}?" if near else "Names: python -m cpgemm render --list."
+    reject(argument, f"must be one of the {len(names)} kernels", repr(name), mend)

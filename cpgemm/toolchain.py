@@ -7,6 +7,7 @@ Both get the same options, both hand back the report of ``ptxas -v`` in their lo
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import io
 import os
@@ -15,19 +16,20 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from cpgemm import env
 from cpgemm.errors import CompileError, DeviceError, MissingDependencyError, reject
 from cpgemm.render import KernelSource
+from cpgemm.source_map import excerpt
 
 __all__ = ["Nvcc", "Nvrtc", "Toolchain", "numbered_source", "toolchain"]
 
 # Level 10 lets ptxas use every register it may: one block fills an SM, occupancy is no aim here.
 PTXAS_OPTIONS = ("-v", "--register-usage-level=10")
 _LOCATION = re.compile(r"^([^\s(][^\n(]*)\((\d+)\): (?:catastrophic )?error", re.MULTILINE)
-_CONTEXT = 3
 _SHOWN_ERRORS = 3
 _NVCC_SECONDS = 300
 _IMPORT_LOCK = threading.Lock()
@@ -51,6 +53,10 @@ class Toolchain(abc.ABC):
     def compile(self, source: KernelSource, arch: str) -> tuple[bytes, str, float]:
         """(cubin, log, seconds); ``CompileError`` with the log when the source does not compile."""
 
+    @abc.abstractmethod
+    def ptx(self, source: KernelSource, arch: str) -> str:
+        """The PTX that the cubin is made from; ``CompileError`` as ``compile`` raises it."""
+
 
 class Nvrtc(Toolchain):
     """NVRTC through cuda.core."""
@@ -73,29 +79,46 @@ class Nvrtc(Toolchain):
 
     def compile(self, source: KernelSource, arch: str) -> tuple[bytes, str, float]:
         core = _cuda_core()
-        options = core.ProgramOptions(
-            name=f"{source.name}.cu",
-            arch=arch,
-            std="c++17",
-            ftz=False,
-            # Without it NVRTC would also look for headers in the current folder.
-            no_source_include=True,
-            # NVRTC 13 keeps results of its own; a hit has no log, and the log is what is checked.
-            no_cache=True,
-            include_path=[str(env.header_dir())],
-            ptxas_options=list(PTXAS_OPTIONS),
-        )
         logs = io.StringIO()
-        start = time.perf_counter()
-        try:
-            code = core.Program(source.text, "c++", options).compile("cubin", logs=logs)
-        except Exception as error:
-            # cuda.core puts the program log into the message and keeps its error class private.
-            log = _clean(logs.getvalue() + str(error).partition("compilation log:")[2])
-            reason = "does not compile" if log else f"does not compile: {error}"
-            raise CompileError(_failure(source, reason, log), log=log or str(error)) from error
-        seconds = time.perf_counter() - start
-        return bytes(code.code), _clean(logs.getvalue()), seconds
+        with _header_folder(source) as headers:
+            options = core.ProgramOptions(
+                name=f"{source.name}.cu",
+                arch=arch,
+                std="c++17",
+                ftz=False,
+                # Without it NVRTC would also look for headers in the current folder.
+                no_source_include=True,
+                # NVRTC 13 keeps results of its own; a hit has no log, which is what is checked.
+                no_cache=True,
+                include_path=[headers],
+                ptxas_options=list(PTXAS_OPTIONS),
+            )
+            start = time.perf_counter()
+            try:
+                code = core.Program(source.text, "c++", options).compile("cubin", logs=logs)
+            except Exception as error:
+                # cuda.core puts the program log into the message and keeps its error class private.
+                log = _clean(logs.getvalue() + str(error).partition("compilation log:")[2])
+                log = _without_folder(log, headers, source)
+                reason = "does not compile" if log else f"does not compile: {error}"
+                raise CompileError(_failure(source, reason, log), log=log or str(error)) from error
+            seconds = time.perf_counter() - start
+        return bytes(code.code), _without_folder(_clean(logs.getvalue()), headers, source), seconds
+
+    def ptx(self, source: KernelSource, arch: str) -> str:
+        with _header_folder(source) as headers:
+            options = (
+                f"-arch={arch.replace('sm_', 'compute_')}",
+                "-std=c++17",
+                "-ftz=false",
+                "-no-source-include",
+                f"-I{headers}",
+            )
+            ptx, log = _nvrtc_ptx(source.text, f"{source.name}.cu", options)
+            log = _without_folder(_clean(log), headers, source)
+        if ptx is None:
+            raise CompileError(_failure(source, "does not compile", log), log=log)
+        return ptx
 
 
 class Nvcc(Toolchain):
@@ -136,25 +159,52 @@ class Nvcc(Toolchain):
         )
 
     def compile(self, source: KernelSource, arch: str) -> tuple[bytes, str, float]:
-        with tempfile.TemporaryDirectory(prefix="cpgemm-nvcc-") as folder:
-            text, cubin = Path(folder, f"{source.name}.cu"), Path(folder, "kernel.cubin")
+        return self._compile(source, self.options(arch))
+
+    def ptx(self, source: KernelSource, arch: str) -> str:
+        options = ("-ptx", f"-arch={arch.replace('sm_', 'compute_')}", *self.options(arch)[2:4])
+        return self._compile(source, options)[0].decode("utf-8")
+
+    def _compile(self, source: KernelSource, options: tuple[str, ...]) -> tuple[bytes, str, float]:
+        with (
+            tempfile.TemporaryDirectory(prefix="cpgemm-nvcc-") as folder,
+            _header_folder(source) as headers,
+        ):
+            text, made = Path(folder, f"{source.name}.cu"), Path(folder, "kernel.out")
             text.write_text(source.text, encoding="utf-8")
-            command = [
-                self._path(),
-                *self.options(arch),
-                f"-I{env.header_dir()}",
-                "-o",
-                str(cubin),
-                str(text),
-            ]
+            command = [self._path(), *options, f"-I{headers}", "-o", str(made), str(text)]
             start = time.perf_counter()
             log, status = _run(command)
             seconds = time.perf_counter() - start
             log = _clean(log.replace(f"{folder}{os.sep}", ""))
-            if status != 0 or not cubin.is_file():
+            log = _without_folder(log, headers, source)
+            if status != 0 or not made.is_file():
                 reason = f"does not compile (nvcc ended with {status})"
                 raise CompileError(_failure(source, reason, log), log=log)
-            return cubin.read_bytes(), log, seconds
+            return made.read_bytes(), log, seconds
+
+
+@contextlib.contextmanager
+def _header_folder(source: KernelSource) -> Iterator[str]:
+    """The folder to search for headers: the package's, or one with those of a user's kernel.
+
+    Compilers look beside the including header first: only in one folder can a user's header take
+    the place of the package's for the package's other headers.
+    """
+    if source.origin is None:
+        yield str(env.header_dir())
+        return
+    with tempfile.TemporaryDirectory(prefix="cpgemm-headers-") as folder:
+        for header in source.origin.headers:
+            target = Path(folder, header.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(header.content)
+        yield folder
+
+
+def _without_folder(log: str, folder: str, source: KernelSource) -> str:
+    """The log with names of headers, where the folder that they lay in is gone again."""
+    return log if source.origin is None else log.replace(f"{folder}{os.sep}", "")
 
 
 def toolchain(name: str | None = None) -> Toolchain:
@@ -186,22 +236,38 @@ def _nvrtc_version() -> str:
     ``nvrtcVersion`` leaves the build out, and builds differ in the code they make; the head of any
     PTX names it, and an empty program compiles in some ten milliseconds.
     """
+    ptx, log = _nvrtc_ptx("", "version.cu", ("-arch=compute_90a",))
+    match = re.search(r"V(\d+\.\d+\.\d+)", ptx or "")
+    if match is None:
+        raise DeviceError(f"NVRTC: its PTX names no version; got {(ptx or log)[:200]!r}")
+    return match[1]
+
+
+def _nvrtc_ptx(text: str, name: str, options: Sequence[str]) -> tuple[str | None, str]:
+    """(PTX, log) by NVRTC's own interface: cuda.core's asks the driver, which may not be there.
+
+    No PTX when the program does not compile.
+    """
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
         raise _missing("cuda-bindings", error) from error
     try:
-        _, major, minor = nvrtc.nvrtcVersion()
-        _, program = nvrtc.nvrtcCreateProgram(b"", b"version.cu", 0, [], [])
-        nvrtc.nvrtcCompileProgram(program, 1, [b"-arch=compute_90a"])
-        _, size = nvrtc.nvrtcGetPTXSize(program)
-        ptx = b" " * size
-        nvrtc.nvrtcGetPTX(program, ptx)
+        status, program = nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
+        encoded = [option.encode() for option in options]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+        ptx = None
+        if status == nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            _, size = nvrtc.nvrtcGetPTXSize(program)
+            ptx = b" " * size
+            nvrtc.nvrtcGetPTX(program, ptx)
         nvrtc.nvrtcDestroyProgram(program)
     except RuntimeError as error:  # The library is not there: cuda.pathfinder says where it looked.
         raise _missing("the NVRTC library", error) from error
-    match = re.search(rb"V(\d+\.\d+\.\d+)", ptx)
-    return match[1].decode() if match else f"{major}.{minor}"
+    return None if ptx is None else ptx.rstrip(b"\0").decode(), log.decode("utf-8", "replace")
 
 
 @functools.lru_cache(maxsize=4)
@@ -247,6 +313,8 @@ def _clean(log: str) -> str:
 
 
 def _failure(source: KernelSource, reason: str, log: str) -> str:
+    if source.origin is not None:
+        log = source.origin.translate(log, f"{source.name}.cu")
     parts = [f"{source.name}: {reason}", numbered_source(source, log), log.rstrip()]
     return "\n\n".join(part for part in parts if part)
 
@@ -257,17 +325,15 @@ def numbered_source(source: KernelSource, log: str) -> str:
     for file, number in dict.fromkeys(_LOCATION.findall(log)):
         if len(blocks) == _SHOWN_ERRORS:
             break
-        if Path(file).name == f"{source.name}.cu":
+        known = source.origin.text_of(file) if source.origin is not None else None
+        if known is not None:
+            text = known
+        elif Path(file).name == f"{source.name}.cu":
             text = source.text
         elif Path(file).is_file():
             text = Path(file).read_text(encoding="utf-8", errors="replace")
         else:
             continue
-        lines, line = text.splitlines(), int(number)
-        first, last = max(1, line - _CONTEXT), min(len(lines), line + _CONTEXT)
-        shown = [
-            f"{'>' if at == line else ' '} {at:5d} | {lines[at - 1]}"
-            for at in range(first, last + 1)
-        ]
-        blocks.append("\n".join([f"{Path(file).name}:{line}", *shown]))
+        shown = file if source.origin is not None else Path(file).name
+        blocks.append(f"{shown}:{number}\n{excerpt(text, int(number))}")
     return "\n\n".join(blocks)
