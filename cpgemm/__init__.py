@@ -24,13 +24,19 @@ from cpgemm.errors import (
     CpgemmError,
     DeviceError,
     FrozenError,
+    KernelWarning,
     MissingDependencyError,
+    WrongResultError,
 )
 from cpgemm.gemm import GemmPlan, gemm, gemm_nn, gemm_nt, gemm_tn, gemm_tt, plan_gemm
 from cpgemm.grouped import contiguous_alignment, grouped_gemm_contiguous, grouped_gemm_masked
+from cpgemm.kernel_diff import diff
+from cpgemm.kernel_view import Kernel
+from cpgemm.open_kernels import kernel
 from cpgemm.problem import GemmProblem
 from cpgemm.quantize import quantize
 from cpgemm.scaled import ScaledTensor
+from cpgemm.template_kernel import kernel_from_template
 from cpgemm.tuned import explain
 from cpgemm.tuning import tune
 
@@ -45,11 +51,15 @@ __all__ = [
     "FrozenError",
     "GemmPlan",
     "GemmProblem",
+    "Kernel",
     "KernelConfig",
+    "KernelWarning",
     "MissingDependencyError",
     "ScaledTensor",
+    "WrongResultError",
     "compile_count",
     "contiguous_alignment",
+    "diff",
     "explain",
     "freeze",
     "gemm",
@@ -59,6 +69,8 @@ __all__ = [
     "gemm_tt",
     "grouped_gemm_contiguous",
     "grouped_gemm_masked",
+    "kernel",
+    "kernel_from_template",
     "load_safetensors",
     "plan_gemm",
     "quantize",

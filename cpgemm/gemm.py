@@ -22,6 +22,7 @@ from cpgemm.config import KernelConfig, SplitKernelConfig
 from cpgemm.dlpack import Framework, as_framework, as_native, empty
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.heuristics import H200, Explanation, Machine
+from cpgemm.kernel_view import Kernel
 from cpgemm.kernels import gemm_source
 from cpgemm.launch import PreparedLaunch
 from cpgemm.problem import OUT_DTYPES, GemmProblem, OutDtype, infer_out_dtype
@@ -54,7 +55,10 @@ class GemmPlan:
 
     ``plan(a, b, out, c)`` checks the operands, launches as ``gemm`` does and returns ``out``.  The
     kernel is compiled (or found in the cache) and loaded at the first call on each device.
-    ``plan.config``, ``plan.source`` and ``plan.explain()`` need no GPU.
+    ``plan.config``, ``plan.source``, ``plan.kernel`` and ``plan.explain()`` need no GPU.
+
+    ``source`` is launched instead of the package's kernel of ``config``, with the same arguments:
+    ``kernel_from_template`` makes such plans.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class GemmPlan:
         config: KernelConfig,
         machine: Machine,
         static_b: bool = False,
+        source: KernelSource | None = None,
     ) -> None:
         refusal = config.why_not(problem)
         if refusal:
@@ -71,12 +76,18 @@ class GemmPlan:
         self.config = config
         self.machine = machine
         self.static_b = static_b
+        self._source = source
         self._ready = ReadyCalls()
 
     @property
     def source(self) -> KernelSource:
         """The rendered kernel."""
-        return gemm_source(self.config)
+        return gemm_source(self.config) if self._source is None else self._source
+
+    @functools.cached_property
+    def kernel(self) -> Kernel:
+        """The kernel to look into: its source, PTX, machine code, resources, counts, log."""
+        return Kernel(self.source, threads=self.config.threads)
 
     def explain(self) -> Explanation:
         """Every candidate with its predicted time, and the floor."""
@@ -129,13 +140,13 @@ class GemmPlan:
         self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any, framework: Framework
     ) -> PreparedLaunch:
         """The launch on operands that obey every rule and lie on CuPy's current device."""
-        config = self.config
+        config, source = self.config, self.source
         return PreparedLaunch(
-            load_kernel(self.source),
+            load_kernel(source),
             config.blocks(config.tiles(self.problem), self.machine.sms),
             config.threads,
             self._arguments(a, b, out, c),
-            shared_bytes=config.shared_bytes,
+            shared_bytes=source.shared_bytes,
             pdl=settings.pdl(),
             framework=framework,
         )
