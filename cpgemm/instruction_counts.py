@@ -111,11 +111,15 @@ def _most(
     mnemonics: Sequence[str],
     also: Callable[[Loop], bool] = lambda _loop: True,
 ) -> Loop | None:
-    """Of the innermost loops with any of ``mnemonics`` (that ``also`` takes) the one with most."""
+    """Of the innermost loops with any of ``mnemonics`` (that ``also`` takes) the one with most.
 
-    def number(loop: Loop) -> int:
-        return sum(loop.counts.get(name, 0) for name in mnemonics)
+    Most kinds first: a loop that only fetches one operand ahead is unrolled and has many of a kind.
+    """
 
-    suited = [loop for loop in loops if number(loop) and also(loop)]
+    def number(loop: Loop) -> tuple[int, int]:
+        found = [loop.counts.get(name, 0) for name in mnemonics]
+        return sum(map(bool, found)), sum(found)
+
+    suited = [loop for loop in loops if any(number(loop)) and also(loop)]
     innermost = [loop for loop in suited if not any(other.body < loop.body for other in suited)]
-    return max(innermost, key=lambda loop: (number(loop), loop.total), default=None)
+    return max(innermost, key=lambda loop: (*number(loop), loop.total), default=None)

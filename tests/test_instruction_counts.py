@@ -6,8 +6,10 @@ import pytest
 from tiny_kernels import COPY, kernel_named, needs_nvrtc, source
 
 from cpgemm.compiler import compile_kernel
+from cpgemm.config import KernelConfig
 from cpgemm.errors import CompileError
 from cpgemm.instruction_counts import ALL, KINDS, InstructionCounts, count_by_loop
+from cpgemm.kernels import gemm_source
 from cpgemm.machine_code import MNEMONICS
 
 pytestmark = needs_nvrtc
@@ -25,7 +27,8 @@ def test_every_mnemonic_is_counted_once() -> None:
 
 def test_the_dense_kernel() -> None:
     """Producer and consumers have a loop each: copies in the one, arithmetic in the other."""
-    found = counts("dense_256x128_s3_w2_bfloat16")
+    kernel = gemm_source(KernelConfig(256, 128, 3, unroll=3))
+    found = count_by_loop(compile_kernel(kernel).cubin.read_bytes(), kernel.entry)
     main, load = found.main_loop, found.load_loop
     assert main is not None and load is not None
     assert main["wgmma"] == 24 and main["FFMA"] == 16 * 24 and main["TMA loads"] == 0

@@ -11,7 +11,9 @@ import pytest
 from tiny_kernels import WGMMA, kernel_named, needs_nvrtc, source
 
 from cpgemm.compiler import compile_kernel
+from cpgemm.config import KernelConfig
 from cpgemm.disassembler import nvdisasm_path
+from cpgemm.kernels import gemm_source
 from cpgemm.machine_code import (
     MNEMONICS,
     _target,
@@ -154,13 +156,14 @@ def test_opcodes_and_branches_are_nvdisasms(name: str) -> None:
 
 @needs_nvrtc
 def test_the_main_loop_of_the_dense_kernel() -> None:
-    """Three k-blocks a turn, of two waves with four wgmma and 64 FFMA each; no copies inside."""
-    kernel = kernel_named("dense_256x128_s3_w2_bfloat16")
+    """Each k-block is two waves with four wgmma and 64 FFMA each; no copies inside."""
+    config = KernelConfig(256, 128, 3)
+    kernel = gemm_source(config)
     code = dict(text_sections(compile_kernel(kernel).cubin.read_bytes()))[f".text.{kernel.entry}"]
     loops = [loop for loop in find_loops(code) if loop.counts.get("QGMMA")]
     innermost = [one for one in loops if not any(other.body < one.body for other in loops)]
     turns = sorted(loop.counts["QGMMA"] for loop in innermost)
-    assert turns == [8, 24], "the unrolled loop, and the rest one k-block at a time"
+    assert turns == [8, 8 * config.unroll], "the unrolled loop, and the rest one at a time"
     for loop in innermost:
         assert loop.counts["FFMA"] == 16 * loop.counts["QGMMA"] and loop.depth == 2
         assert "UTMALDG" not in loop.counts and "UTMASTG" not in loop.counts
