@@ -49,10 +49,10 @@ _BARRIERS = ("SYNCS", "ARRIVES", "BAR")
 class InstructionCounts:
     """Instructions in the machine code, not their executions, by kind (see ``kinds``).
 
-    ``whole``      of the kernel, its device functions included
-    ``main_loop``  of one turn of the main loop (this module says which that is); None without one
-    ``load_loop``  of one turn of the loop that starts asynchronous copies; None without one
-    ``loops``      every loop of the kernel: offsets in bytes, depth, counts by mnemonic
+    - ``whole``: of the kernel, its device functions included
+    - ``main_loop``: of one turn of the main loop (this module says which that is); None without one
+    - ``load_loop``: of one turn of the loop that starts asynchronous copies; None without one
+    - ``loops``: every loop of the kernel: offsets in bytes, depth, counts by mnemonic
 
     Kinds that are absent count 0: ``counts.main_loop["wgmma"]``.
     """

@@ -35,9 +35,9 @@ _POOL = 4194301  # prime, so that no two rows of a matrix repeat
 class CheckResult:
     """How close a result is.
 
-    ``error``      the largest error of an element, absolute
-    ``tolerance``  what rounding allows that element
-    ``fraction``   the largest error over tolerance of any element; at most 1
+    - ``error``: the largest error of an element, absolute
+    - ``tolerance``: what rounding allows that element
+    - ``fraction``: the largest error over tolerance of any element; at most 1
     """
 
     error: float

@@ -19,10 +19,10 @@ Row = tuple[str, str, str]
 class KernelDifference:
     """The differences of kernel ``a`` and kernel ``b``, each worked out when it is asked for.
 
-    ``source``     unified difference of the rendered texts; empty when they are equal
-    ``resources``  (name, in a, in b) of each resource that differs
-    ``counts``     (kind, in a, in b) of each count that differs, in the kernel as a whole
-    ``main_loop``  the same for one turn of the main loops
+    - ``source``: unified difference of the rendered texts; empty when they are equal
+    - ``resources``: (name, in a, in b) of each resource that differs
+    - ``counts``: (kind, in a, in b) of each count that differs, in the kernel as a whole
+    - ``main_loop``: the same for one turn of the main loops
     """
 
     def __init__(self, a: Kernel, b: Kernel) -> None:

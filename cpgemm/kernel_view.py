@@ -25,11 +25,11 @@ __all__ = ["Kernel", "KernelResources"]
 class KernelResources:
     """What a launch of a kernel takes.
 
-    ``registers``     of a thread at launch (``setmaxnreg`` moves them between warpgroups later)
-    ``threads``       of a block; None when neither the source nor its launch says so
-    ``shared_bytes``  dynamic shared memory of a block, ``static_shared_bytes`` the declared one
-    ``report``        all that log and machine code say: spills, local memory, faults
-    ``occupancy``     blocks per multiprocessor and what limits them; None without ``threads``
+    - ``registers``: of a thread at launch (``setmaxnreg`` moves them between warpgroups later)
+    - ``threads``: of a block; None when neither the source nor its launch says so
+    - ``shared_bytes``: dynamic shared memory of a block, ``static_shared_bytes`` the declared one
+    - ``report``: all that log and machine code say: spills, local memory, faults
+    - ``occupancy``: blocks per multiprocessor and what limits them; None without ``threads``
     """
 
     registers: int

@@ -29,10 +29,10 @@ _MAX_THREADS = 1024
 class Occupancy:
     """What fits on one multiprocessor.
 
-    ``blocks_per_sm``  blocks at once; 0 when not even one fits
-    ``warps_per_sm``   their warps, of the 64 that there is room for
-    ``limits``         blocks that each resource alone would allow, by its name
-    ``decided_by``     the resources that allow the fewest
+    - ``blocks_per_sm``: blocks at once; 0 when not even one fits
+    - ``warps_per_sm``: their warps, of the 64 that there is room for
+    - ``limits``: blocks that each resource alone would allow, by its name
+    - ``decided_by``: the resources that allow the fewest
     """
 
     blocks_per_sm: int

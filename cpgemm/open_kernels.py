@@ -27,11 +27,11 @@ def kernel(
 ) -> Kernel:
     """A kernel to look into: source, PTX, machine code, resources, instruction counts, log.
 
-    ``kernel(m, n, k)``     the one that ``gemm`` chooses for this size (and ``out_dtype``,
-                            ``accumulate``)
-    ``kernel(config)``      the one of a ``KernelConfig`` of any family
-    ``kernel("name")``      one of the finite set, quantisers and mixture-of-experts helpers
-                            included; ``python -m cpgemm render --list`` names them
+    - ``kernel(m, n, k)``: the one that ``gemm`` chooses for this size (and ``out_dtype``,
+      ``accumulate``)
+    - ``kernel(config)``: the one of a ``KernelConfig`` of any family
+    - ``kernel("name")``: one of the finite set, quantisers and mixture-of-experts helpers included;
+      ``python -m cpgemm render --list`` names them
 
     Needs no GPU; nothing is compiled before a property is asked for.  Raises ``ArgumentError`` for
     a size that no kernel takes or an unknown name, ``ArgumentTypeError`` for anything else.

@@ -27,10 +27,10 @@ class Header:
 class SourceMap:
     """Where the text of a user's kernel comes from.
 
-    ``template``  path of the template
-    ``lines``     (path, line) of each line of the rendered text; None for those of the banner
-    ``files``     contents of the template, and of the macros and parts that it took in, by path
-    ``headers``   every header that the text includes, directly or not
+    - ``template``: path of the template
+    - ``lines``: (path, line) of each line of the rendered text; None for those of the banner
+    - ``files``: contents of the template, and of the macros and parts that it took in, by path
+    - ``headers``: every header that the text includes, directly or not
     """
 
     template: str

@@ -168,7 +168,8 @@ class TemplateKernel(Kernel):
         """Launches on sets of operands of their own, together larger than L2, to be timed.
 
         For ``timing.time_interleaved({one.name: one.calls(), other.name: other.calls()})``, which
-        is how kernels are compared.  ``sets``: how many (None: as many as keep L2 cold).
+        is how kernels are compared.  ``sets``: how many (None: as many as keep L2 cold);
+        ``seed``: of their values.
         """
         problem = self._known_problem("time")
         memory = OperandMemory([problem], seed=seed, xp=_gpu())
@@ -181,7 +182,10 @@ class TemplateKernel(Kernel):
     def time(
         self, *, windows: int = 7, window_ms: float = 10.0, seed: int = 0, sets: int | None = None
     ) -> Timing:
-        """Microseconds per launch with a cold L2 (``timing.time_interleaved`` says how)."""
+        """Microseconds per launch with a cold L2, ``windows`` windows of ``window_ms`` milliseconds.
+
+        ``timing.time_interleaved`` says how; ``seed`` and ``sets`` as for ``calls``.
+        """
         calls = {self.name: self.calls(seed=seed, sets=sets)}
         return time_interleaved(calls, windows=windows, window_ms=window_ms, seed=seed)[self.name]
 
@@ -234,12 +238,12 @@ def kernel_from_template(
     (int) or floats (float).  ``entry``, ``grid`` and ``threads`` are then needed unless ``config``
     gives them; ``grid`` counts blocks and may be a function of the problem.
 
-    ``problem``       a ``GemmProblem`` or (m, n, k); None: whatever operands pose
-    ``values``        further names for the template
-    ``name``          of the kernel; default: the file's, without its endings
-    ``shared_bytes``  dynamic shared memory of a block; default: the config's, else 0
-    ``strict``        refuse builds that spill or serialise wgmma (``CompileError``) as for the
-                      package's kernels; otherwise they are a ``KernelWarning``
+    - ``problem``: a ``GemmProblem`` or (m, n, k); None: whatever operands pose
+    - ``values``: further names for the template
+    - ``name``: of the kernel; default: the file's, without its endings
+    - ``shared_bytes``: dynamic shared memory of a block; default: the config's, else 0
+    - ``strict``: refuse builds that spill or serialise wgmma (``CompileError``) as for the
+      package's kernels; otherwise they are a ``KernelWarning``
 
     Needs no GPU until it is launched.  Raises ``CompileError`` with the line of the template, or
     of the macro or header, that Jinja or the compiler refuses; ``ArgumentError`` for arguments that

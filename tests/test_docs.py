@@ -32,6 +32,13 @@ ALSO = {
     "cpgemm.tuned.TunedChoice",
     "cpgemm.tuned.TunedExplanation",
     "cpgemm.tuning.TuneResult",
+    "cpgemm.kernel_view.KernelResources",
+    "cpgemm.occupancy.Occupancy",
+    "cpgemm.instruction_counts.InstructionCounts",
+    "cpgemm.machine_code.Loop",
+    "cpgemm.kernel_diff.KernelDifference",
+    "cpgemm.template_kernel.TemplateKernel",
+    "cpgemm.kernel_check.CheckResult",
 }
 
 # ---------------------------------------------------------------------------------------- blocks
