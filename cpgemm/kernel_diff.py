@@ -103,7 +103,7 @@ class KernelDifference:
 
 
 def diff(a: Kernel, b: Kernel) -> KernelDifference:
-    """Compare two kernels; ``print`` shows sources, resources and instructions.
+    """Compare kernels ``a`` and ``b``; ``print`` shows sources, resources and instructions.
 
     Needs no GPU.  Sources are compared at once; resources and counts compile the kernels when they
     are asked for.  Raises ``ArgumentTypeError`` for anything but kernels.

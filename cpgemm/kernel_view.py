@@ -72,6 +72,8 @@ class KernelResources:
 class Kernel:
     """One kernel, to be looked into.  ``cpgemm.kernel`` and ``plan.kernel`` make them.
 
+    ``source``: as rendered.  ``threads``: of a block (None: what ``__launch_bounds__`` says).
+
     Each property is worked out when it is first asked for and kept; those behind ``source`` compile
     the kernel or find it in the disk cache, and raise what ``compile_kernel`` raises.
     """

@@ -27,6 +27,8 @@ def kernel(
 ) -> Kernel:
     """A kernel to look into: source, PTX, machine code, resources, instruction counts, log.
 
+    ``what``, with ``n`` and ``k`` where it is a size, names the kernel:
+
     - ``kernel(m, n, k)``: the one that ``gemm`` chooses for this size (and ``out_dtype``,
       ``accumulate``)
     - ``kernel(config)``: the one of a ``KernelConfig`` of any family

@@ -50,7 +50,8 @@ class TemplateKernel(Kernel):
 
     Everything that a ``Kernel`` shows, and: ``kernel(a, b, out)`` launches it, ``check`` compares
     its result with the reference, ``time`` times it, ``reload`` renders the file as it is now.
-    ``problem`` (None: any) and ``config`` (None: none) are those that it was made for.
+    ``problem`` (None: any) and ``config`` (None: none) are those that it was made for, ``own`` and
+    ``threads`` how it is launched when not as its config's.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class TemplateKernel(Kernel):
     def time(
         self, *, windows: int = 7, window_ms: float = 10.0, seed: int = 0, sets: int | None = None
     ) -> Timing:
-        """Microseconds per launch with a cold L2, ``windows`` windows of ``window_ms`` milliseconds.
+        """Microseconds per launch with a cold L2, over ``windows`` windows of ``window_ms`` each.
 
         ``timing.time_interleaved`` says how; ``seed`` and ``sets`` as for ``calls``.
         """
