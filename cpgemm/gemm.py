@@ -51,7 +51,8 @@ class GemmPlan:
     """A prepared product of one size: problem, kernel, launch configuration.
 
     Made by ``plan_gemm``.  ``problem``: sizes and dtype; ``config``: the kernel, ``ArgumentError``
-    is raised when it does not suit; ``machine``: whose multiprocessors the grid counts.
+    is raised when it does not suit; ``machine``: whose multiprocessors the grid counts;
+    ``static_b``: as for ``gemm``.
 
     ``plan(a, b, out, c)`` checks the operands, launches as ``gemm`` does and returns ``out``.  The
     kernel is compiled (or found in the cache) and loaded at the first call on each device.

@@ -60,7 +60,7 @@ def quantization_error(
     (large tensors: evenly spaced blocks, ``CELLS`` along an axis and ``ELEMENTS`` elements at
     most).  "element": \\|error\\| over \\|x\\| in the upper left corner of 192 x 384.  ``limit``:
     per cent at the top of the colour scale, by default the largest for blocks, and for elements
-    6.25, what rounding to e4m3's normal numbers can do at most.
+    6.25, what rounding to e4m3's normal numbers can do at most.  ``theme``: "light" or "dark".
 
     Arrays may be of any library; what is drawn is copied to the host.  Raises ``ArgumentError`` or
     ``ArgumentTypeError`` for operands that do not belong together.
