@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from cpgemm.config import GroupedKernelConfig, KernelConfig, SplitKernelConfig
 from cpgemm.epilogue_spec import EpilogueSpec
-from cpgemm.grouped_heuristics import adaptive, choose_grouped, grouped_configurations
+from cpgemm.grouped_heuristics import adaptive_configuration, choose_grouped, grouped_configurations
 from cpgemm.grouped_problem import GroupedProblem
 from cpgemm.heuristics import Machine, Tile, configurations, deepest, fastest
 from cpgemm.problem import GemmProblem, OutDtype
@@ -53,7 +53,7 @@ def _grouped_configurations(
         return (deepest(GroupedKernelConfig, _SWIGLU_QUANTIZE[0], dtype),)
     if epilogue.own_store:
         # Stores of 16 bytes compile as quickly as those by TMA: the tallest tile will do.
-        return tuple(adaptive(Tile(256, 128, 2), width, dtype) for width in (128, 96))
+        return tuple(adaptive_configuration(Tile(256, 128, 2), width, dtype) for width in (128, 96))
     return grouped_configurations(dtype)
 
 

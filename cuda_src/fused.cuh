@@ -87,7 +87,7 @@ struct GeluErf : Elementwise<GeluErf> {
 struct GeluTanh : Elementwise<GeluTanh> {
     static __device__ __forceinline__ float of(float x) {
         const float u = x * fmaf(0.044715f * x, x, 1.0f);
-        return gated(x, u * -0x1.26aeb4p+1f);  // -2 sqrt(2 / pi) log2(e)
+        return gated(x, u * -0x1.26aec2p+1f);  // -2 sqrt(2 / pi) log2(e)
     }
 };
 
