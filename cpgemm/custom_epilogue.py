@@ -93,7 +93,7 @@ class Custom(Step):
             source=self.text,
         )
 
-    def check(self, field: Field) -> Field:
+    def check_field(self, field: Field) -> Field:
         for number, array in enumerate(self.natives):
             check_same_device(f"arrays[{number}]", array, field)
         if field.device == "cpu" and self.numpy is None:
@@ -109,7 +109,7 @@ class Custom(Step):
     def operands(self) -> tuple[bytes, ...]:
         return tuple(operand(pointer(array), _pitch(array)) for array in self.natives)
 
-    def apply(self, values: Array, rows: slice, group: int) -> Array:
+    def apply_to(self, values: Array, rows: slice, group: int) -> Array:
         assert self.numpy is not None, "check has seen to it"
         row = np.arange(rows.start, rows.stop)[:, None]
         column = np.arange(values.shape[1])[None, :]

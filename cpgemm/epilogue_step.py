@@ -78,29 +78,31 @@ class Epilogue:
         return tuple(array for step in self.steps for array in step.given)
 
     def spec(self, output: Output, *, grouped: bool = False) -> EpilogueSpec:
-        """What of it is compiled in, for a D of ``output``."""
+        """What of it is compiled in, for D of ``output``, in a ``grouped`` product or a dense one."""
         return EpilogueSpec(tuple(step.stage(grouped) for step in self.steps), output)
 
     def fields(self, field: Field) -> list[Field]:
-        """The field of each step and, last, of D; checks every rule, the steps' order too."""
+        """The field of each step, from ``field`` on, and last D's; raises for a broken rule."""
         found = [field]
         for step in self.steps:
-            found.append(step.check(found[-1]))
+            found.append(step.check_field(found[-1]))
         return found
 
     def operands(self) -> tuple[bytes, ...]:
         """The kernel's arguments for the arrays that are read, without those of a quantised D."""
         return tuple(one for step in self.steps for one in step.operands())
 
-    def apply(self, values: Array, rows: slice, group: int) -> Array:
+    def apply_to(self, values: Array, rows: slice, group: int) -> Array:
         """The steps but ``Quantize`` on float32 (R, N), rows ``rows`` of the flattened D; NumPy."""
         for step in self.steps:
-            values = step.apply(values, rows, group)
+            values = step.apply_to(values, rows, group)
         return values
 
 
 class Chain(Epilogue):
-    """Steps one after another; made by ``|``."""
+    """``steps`` one after another; made by ``|``.  Raises ``ArgumentError`` for an order that
+    cannot be.
+    """
 
     def __init__(self, steps: tuple[Step, ...]) -> None:
         self.steps = steps
@@ -141,7 +143,7 @@ class Step(Epilogue):
         """What of it is compiled in."""
         return Stage(self.kind)
 
-    def check(self, field: Field) -> Field:
+    def check_field(self, field: Field) -> Field:
         """The field behind this step, after checking every rule; raises ``ArgumentError``."""
         return field
 
@@ -149,7 +151,7 @@ class Step(Epilogue):
         """Arguments of the kernel, of 16 bytes each."""
         return ()
 
-    def apply(self, values: Array, rows: slice, group: int) -> Array:
+    def apply_to(self, values: Array, rows: slice, group: int) -> Array:
         """float32 (R, N) to float32; ``rows`` of the flattened D belong to ``group``."""
         raise NotImplementedError
 

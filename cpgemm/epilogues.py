@@ -73,6 +73,8 @@ class Bias(Step):
 
     For grouped products also (groups, N), a row for each group.  N is that of D where the step
     stands: behind ``SwiGLU`` half of B's rows.  Contiguous, at a multiple of 16 bytes on a GPU.
+    Raises ``ArgumentError`` and ``ArgumentTypeError``, here for what the array is, in a product for
+    what does not fit it; so do the other steps.
     """
 
     kind = "bias"
@@ -99,7 +101,7 @@ class Bias(Step):
     def stage(self, grouped: bool) -> Stage:
         return Stage(self.kind, self.dtype, per_group=self.bias.ndim == 2)
 
-    def check(self, field: Field) -> Field:
+    def check_field(self, field: Field) -> Field:
         check_like("bias", self.bias, field)
         wanted: tuple[int, ...] = (field.columns,)
         if self.bias.ndim == 2 and field.groups is not None:
@@ -116,7 +118,7 @@ class Bias(Step):
     def operands(self) -> tuple[bytes, ...]:
         return (operand(pointer(self.bias), self.bias.shape[-1]),)
 
-    def apply(self, values: Array, rows: slice, group: int) -> Array:
+    def apply_to(self, values: Array, rows: slice, group: int) -> Array:
         line = self.bias[group] if self.bias.ndim == 2 else self.bias
         return values + line.astype(np.float32)
 
@@ -129,13 +131,14 @@ class SiLU(Step):
     def __repr__(self) -> str:
         return "SiLU()"
 
-    def apply(self, values: Array, rows: slice, group: int) -> Array:
+    def apply_to(self, values: Array, rows: slice, group: int) -> Array:
         return _silu(values)
 
 
 class GELU(Step):
     """``approximate="none"``: x / 2 * (1 + erf(x / sqrt(2))); ``"tanh"``: its usual approximation
     x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))), cheaper and off by 0.0005 at most.
+    Raises ``ArgumentError`` for another name.
     """
 
     def __init__(self, approximate: str = "none") -> None:
@@ -152,7 +155,7 @@ class GELU(Step):
     def __repr__(self) -> str:
         return "GELU()" if self.kind == "gelu_erf" else "GELU('tanh')"
 
-    def apply(self, values: Array, rows: slice, group: int) -> Array:
+    def apply_to(self, values: Array, rows: slice, group: int) -> Array:
         if self.kind == "gelu_erf":
             erf = _erf(values * np.float32(math.sqrt(0.5)))
             return np.float32(0.5) * values * (np.float32(1) + erf)
@@ -167,7 +170,7 @@ class Residual(Step):
 
     bfloat16 or float32 before ``Quantize``.  N is that of D where the step stands.  Rows
     contiguous, address and row pitch multiples of 16 bytes on a GPU, groups one behind the other.
-    May be ``out`` itself where both have one shape.
+    May be ``out`` itself where both have one shape.  Raises as ``Bias`` does.
     """
 
     kind = "residual"
@@ -193,7 +196,7 @@ class Residual(Step):
     def stage(self, grouped: bool) -> Stage:
         return Stage(self.kind, self.dtype)
 
-    def check(self, field: Field) -> Field:
+    def check_field(self, field: Field) -> Field:
         array = self.residual
         check_like("residual", array, field)
         if field.output != "codes" and self.dtype != field.output:
@@ -230,7 +233,7 @@ class Residual(Step):
         array = self.residual
         return (operand(pointer(array), row_pitch(array) // array.itemsize),)
 
-    def apply(self, values: Array, rows: slice, group: int) -> Array:
+    def apply_to(self, values: Array, rows: slice, group: int) -> Array:
         flat = self.residual.reshape(-1, self.residual.shape[-1])
         return values + flat[rows].astype(np.float32)
 
@@ -239,6 +242,7 @@ class Scale(Step):
     """Multiplies by ``scale``: a number, or a float32 array of one element beside the operands.
 
     An array is read when the kernel runs, so that a captured graph sees its later contents.
+    Raises ``ArgumentTypeError`` for anything else.
     """
 
     kind = "scale"
@@ -274,7 +278,7 @@ class Scale(Step):
     def __repr__(self) -> str:
         return "Scale(array)" if self.value is None else f"Scale({self.value:g})"
 
-    def check(self, field: Field) -> Field:
+    def check_field(self, field: Field) -> Field:
         if self.value is None:
             check_like("scale", self.array, field, aligned=False)
         return field
@@ -284,7 +288,7 @@ class Scale(Step):
             return (operand(pointer(self.array)),)
         return (operand(0, int(self.value.view(np.uint32))),)
 
-    def apply(self, values: Array, rows: slice, group: int) -> Array:
+    def apply_to(self, values: Array, rows: slice, group: int) -> Array:
         by = self.value if self.value is not None else np.float32(self.array.reshape(())[()])
         with np.errstate(over="ignore", invalid="ignore"):
             return values * by
@@ -301,7 +305,7 @@ class SwiGLU(Step):
     def __repr__(self) -> str:
         return "SwiGLU()"
 
-    def check(self, field: Field) -> Field:
+    def check_field(self, field: Field) -> Field:
         if field.columns % 16:
             reject(
                 "b",
@@ -311,7 +315,7 @@ class SwiGLU(Step):
             )
         return replace(field, shape=(*field.shape[:-1], field.columns // 2))
 
-    def apply(self, values: Array, rows: slice, group: int) -> Array:
+    def apply_to(self, values: Array, rows: slice, group: int) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):
             return _silu(values[:, 0::2]) * values[:, 1::2]
 
@@ -321,7 +325,8 @@ class Quantize(Step):
 
     Codes and scales are what ``cpgemm.quantize(values, scale_format=...)`` makes of the float32
     values before it, not rounded to bfloat16 in between.  N, after ``SwiGLU`` N / 2, is a multiple
-    of 16.  Must be the last step.
+    of 16.  Must be the last step.  ``scale_format``: "float32" or "pow2"; raises ``ArgumentError``
+    for another.
     """
 
     kind = "quantize"
@@ -338,7 +343,7 @@ class Quantize(Step):
     def stage(self, grouped: bool) -> Stage:
         return Stage(self.kind, scale_format=self.scale_format)
 
-    def check(self, field: Field) -> Field:
+    def check_field(self, field: Field) -> Field:
         if field.columns % 16:
             reject(
                 "b",
@@ -348,7 +353,7 @@ class Quantize(Step):
             )
         return field
 
-    def apply(self, values: Array, rows: slice, group: int) -> Array:
+    def apply_to(self, values: Array, rows: slice, group: int) -> Array:
         return values
 
 
@@ -357,6 +362,7 @@ def interleave_gate_up(w: Any) -> Any:
 
     Row 2j of the result is gate j, row 2j + 1 is up j.  A copy, of w's kind (NumPy, CuPy, torch or
     JAX), to be quantised: scales of 128 x 128 serve 64 rows of gate and 64 of up then.
+    Raises ``ArgumentError`` for what is no such array.
     """
     if framework_of(w) is None or w.ndim < 2 or w.shape[-2] % 2:
         reject(

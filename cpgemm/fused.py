@@ -69,8 +69,11 @@ def require_epilogue(epilogue: object) -> Epilogue:
 def compile_ahead(
     epilogue: Epilogue, *, out_dtype: OutDtype = "bfloat16", grouped: bool = False
 ) -> list[CompiledKernel]:
-    """Compile every kernel that products with this epilogue may choose, whatever their sizes.
+    """Compile every kernel that products with ``epilogue`` may choose, whatever their sizes.
 
+    ``out_dtype``: of D, unless it is quantised.  ``grouped``: for grouped products, not for dense
+    ones.  Choices that ``cpgemm.tune`` has kept may be others.  Raises ``CompileError`` and what
+    compiling raises otherwise.
     Needs no GPU.  For servers that run inside ``cpgemm.freeze()``: kernels with an epilogue are no
     part of ``python -m cpgemm compile --all``.
     """

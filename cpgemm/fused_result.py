@@ -83,7 +83,7 @@ class FusedResult:
 
     def write(self, values: Array, out: Any, rows: slice, group: int) -> None:
         """NumPy: the epilogue of float32 ``values``, rows ``rows`` of the flattened D."""
-        values = np.ascontiguousarray(self.epilogue.apply(values, rows, group))
+        values = np.ascontiguousarray(self.epilogue.apply_to(values, rows, group))
         if self.spec.quantize:
             made = quantize(values, (1, BLOCK), scale_format=self.scale_format)
             height = self.shape[-2]

@@ -54,8 +54,8 @@ class GemmPlan:
     """A prepared product of one size: problem, kernel, launch configuration.
 
     Made by ``plan_gemm``.  ``problem``: sizes and dtype; ``config``: the kernel, ``ArgumentError``
-    is raised when it does not suit; ``machine``: whose multiprocessors the grid counts.
-
+    is raised when it does not suit; ``machine``: whose multiprocessors the grid counts;
+    ``static_b``: as in ``gemm``; ``epilogue``: what its kernel does with the sums.
     ``plan(a, b, out, c)`` checks the operands, launches as ``gemm`` does and returns ``out``.  The
     kernel is compiled (or found in the cache) and loaded at the first call on each device.
     ``plan.config``, ``plan.source`` and ``plan.explain()`` need no GPU.
@@ -207,11 +207,7 @@ def _plan(
 
 
 def _fused_plan(
-    problem: GemmProblem,
-    epilogue: EpilogueSpec,
-    device: int,
-    deterministic: Deterministic,
-    static_b: bool,
+    problem: GemmProblem, epilogue: EpilogueSpec, device: int, deterministic: Any, static_b: Any
 ) -> GemmPlan:
     machine = Machine.of_device(device)
     config = choose_kernel(problem, machine, wants_unsplit(deterministic), epilogue)
