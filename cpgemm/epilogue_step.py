@@ -78,7 +78,7 @@ class Epilogue:
         return tuple(array for step in self.steps for array in step.given)
 
     def spec(self, output: Output, *, grouped: bool = False) -> EpilogueSpec:
-        """What of it is compiled in, for D of ``output``, in a ``grouped`` product or a dense one."""
+        """What of it is compiled in, for a D of ``output``; ``grouped``: in a grouped product."""
         return EpilogueSpec(tuple(step.stage(grouped) for step in self.steps), output)
 
     def fields(self, field: Field) -> list[Field]:
