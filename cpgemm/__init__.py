@@ -7,8 +7,9 @@
 NumPy arrays take a reference path with the same semantics and need no GPU.  Arrays of torch, JAX
 and any DLPack producer are taken without a copy, and results are of their kind.
 
-Submodules: ``cpgemm.moe``, ``cpgemm.deep_gemm`` (DeepGEMM's names), ``cpgemm.dlpack``,
-``cpgemm.torch`` and ``cpgemm.jax`` (which import torch and JAX; nothing else here does).
+Submodules: ``cpgemm.moe``, ``cpgemm.epilogues``, ``cpgemm.deep_gemm`` (DeepGEMM's names),
+``cpgemm.dlpack``, ``cpgemm.torch`` and ``cpgemm.jax`` (which import torch and JAX; nothing else
+here does).
 """
 
 import importlib as _importlib
@@ -28,7 +29,8 @@ from cpgemm.errors import (
     MissingDependencyError,
     WrongResultError,
 )
-from cpgemm.gemm import GemmPlan, gemm, gemm_nn, gemm_nt, gemm_tn, gemm_tt, plan_gemm
+from cpgemm.gemm import GemmPlan, gemm, plan_gemm
+from cpgemm.gemm_forms import gemm_nn, gemm_nt, gemm_tn, gemm_tt
 from cpgemm.grouped import contiguous_alignment, grouped_gemm_contiguous, grouped_gemm_masked
 from cpgemm.kernel_diff import diff
 from cpgemm.kernel_view import Kernel
@@ -86,7 +88,7 @@ def load_ipython_extension(shell: object) -> None:
     load(shell)
 
 
-_SUBMODULES = ("deep_gemm", "dlpack", "jax", "moe", "pictures", "torch")
+_SUBMODULES = ("deep_gemm", "dlpack", "epilogues", "jax", "moe", "pictures", "torch")
 
 
 def __getattr__(name: str) -> _ModuleType:

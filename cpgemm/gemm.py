@@ -11,40 +11,44 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from cpgemm import settings
 from cpgemm.calls import ReadyCalls, signature, working_framework
-from cpgemm.compiler import load_kernel
+from cpgemm.compiler import CompiledKernel, compile_kernel, load_kernel
 from cpgemm.config import KernelConfig, SplitKernelConfig
 from cpgemm.dlpack import Framework, as_framework, as_native, empty
+from cpgemm.epilogue_heuristics import choose_kernel, why_not
+from cpgemm.epilogue_spec import EpilogueSpec
 from cpgemm.errors import ArgumentTypeError, reject
+from cpgemm.fused import fused_gemm, output_of, require_epilogue
 from cpgemm.heuristics import H200, Explanation, Machine
 from cpgemm.kernel_view import Kernel
 from cpgemm.kernels import gemm_source
 from cpgemm.launch import PreparedLaunch
-from cpgemm.problem import OUT_DTYPES, GemmProblem, OutDtype, infer_out_dtype
+from cpgemm.problem import (
+    OUT_DTYPES,
+    Deterministic,
+    GemmProblem,
+    OutDtype,
+    infer_out_dtype,
+    wants_unsplit,
+)
 from cpgemm.reference import gemm_reference
 from cpgemm.render import KernelSource
-from cpgemm.scaled import BLOCK, ScaledTensor, is_cupy, pointer, require_scaled
+from cpgemm.scaled import BLOCK, ScaledTensor, is_cupy, pointer
 from cpgemm.streams import working_stream
 from cpgemm.tma import matrix_map, row_pitch, tensor_map
-from cpgemm.tuned import choose, explain
+from cpgemm.tuned import explain
 
 __all__ = [
     "GemmPlan",
     "current_machine",
     "gemm",
-    "gemm_nn",
-    "gemm_nt",
-    "gemm_tn",
-    "gemm_tt",
     "plan_gemm",
 ]
-
-Deterministic: TypeAlias = "bool | Literal['batch_invariant']"
 
 
 class GemmPlan:
@@ -52,7 +56,7 @@ class GemmPlan:
 
     Made by ``plan_gemm``.  ``problem``: sizes and dtype; ``config``: the kernel, ``ArgumentError``
     is raised when it does not suit; ``machine``: whose multiprocessors the grid counts;
-    ``static_b``: as for ``gemm``.
+    ``static_b``: as in ``gemm``; ``epilogue``: what its kernel does with the sums.
 
     ``plan(a, b, out, c)`` checks the operands, launches as ``gemm`` does and returns ``out``.  The
     kernel is compiled (or found in the cache) and loaded at the first call on each device.
@@ -69,26 +73,34 @@ class GemmPlan:
         machine: Machine,
         static_b: bool = False,
         source: KernelSource | None = None,
+        epilogue: EpilogueSpec | None = None,
     ) -> None:
-        refusal = config.why_not(problem)
+        refusal = why_not(problem, config, epilogue)
         if refusal:
             reject("config", f"must suit {problem}", f"{config.name}: {refusal}", "Leave it out.")
         self.problem = problem
         self.config = config
         self.machine = machine
         self.static_b = static_b
+        self.epilogue = epilogue
         self._source = source
         self._ready = ReadyCalls()
 
     @property
     def source(self) -> KernelSource:
         """The rendered kernel."""
-        return gemm_source(self.config) if self._source is None else self._source
+        if self._source is not None:
+            return self._source
+        return gemm_source(self.config, self.epilogue)
 
     @functools.cached_property
     def kernel(self) -> Kernel:
         """The kernel to look into: its source, PTX, machine code, resources, counts, log."""
         return Kernel(self.source, threads=self.config.threads)
+
+    def compile(self) -> CompiledKernel:
+        """Compile the kernel, or find it in the cache, ahead of the first call; needs no GPU."""
+        return compile_kernel(self.source)
 
     def explain(self) -> Explanation:
         """Every candidate with its predicted time, and the floor."""
@@ -107,6 +119,9 @@ class GemmPlan:
 
     def __call__(self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any = None) -> Any:
         """Compute ``out = c + a @ b.T``; raises what ``gemm`` raises, and for another problem."""
+        if self.epilogue is not None:
+            rule = "a plan with one prepares its kernel and is not called"
+            reject("epilogue", rule, self.epilogue.title, "Call cpgemm.gemm with the epilogue.")
         key = _key(a, b, out, c)
         launch = self._ready.get(key)
         if launch is None:
@@ -138,15 +153,24 @@ class GemmPlan:
             return self.prepare(a, b, native_out, native_c, working_framework(a, b, out, c))
 
     def prepare(
-        self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any, framework: Framework
+        self,
+        a: ScaledTensor,
+        b: ScaledTensor,
+        out: Any,
+        c: Any,
+        framework: Framework,
+        operands: tuple[bytes, ...] = (),
     ) -> PreparedLaunch:
-        """The launch on operands that obey every rule and lie on CuPy's current device."""
+        """The launch on operands that obey every rule and lie on CuPy's current device.
+
+        ``operands``: what the epilogue reads, as the kernel's last arguments.
+        """
         config, source = self.config, self.source
         return PreparedLaunch(
             load_kernel(source),
             config.blocks(config.tiles(self.problem), self.machine.sms),
             config.threads,
-            self._arguments(a, b, out, c),
+            (*self._arguments(a, b, out, c), *operands),
             shared_bytes=source.shared_bytes,
             pdl=settings.pdl(),
             framework=framework,
@@ -186,8 +210,22 @@ class GemmPlan:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: GemmProblem, config: KernelConfig, machine: Machine, static_b: bool) -> GemmPlan:
-    return GemmPlan(problem, config, machine, static_b)
+def _plan(
+    problem: GemmProblem,
+    config: KernelConfig,
+    machine: Machine,
+    static_b: bool,
+    epilogue: EpilogueSpec | None = None,
+) -> GemmPlan:
+    return GemmPlan(problem, config, machine, static_b, epilogue=epilogue)
+
+
+def _fused_plan(
+    problem: GemmProblem, epilogue: EpilogueSpec, device: int, deterministic: Any, static_b: Any
+) -> GemmPlan:
+    machine = Machine.of_device(device)
+    config = choose_kernel(problem, machine, wants_unsplit(deterministic), epilogue)
+    return _plan(problem, config, machine, bool(static_b), epilogue)
 
 
 def current_machine() -> Machine:
@@ -210,27 +248,32 @@ def plan_gemm(
     config: KernelConfig | None = None,
     deterministic: Deterministic = True,
     static_b: bool = False,
+    epilogue: Any = None,
 ) -> GemmPlan:
     """Prepare D = C + A @ B.T for A (m, k) and B (n, k), cached.
 
     ``out_dtype``: "bfloat16" or "float32", of D and C.  ``accumulate`` says whether calls pass
     ``c``.  ``config`` overrides the choice.  ``deterministic`` and ``static_b`` are those of
-    ``gemm``.  Raises ``ArgumentError`` for sizes that no kernel takes (k % 16, n % 8, empty) or a
-    misfit ``config``.
+    ``gemm``.  A plan with an ``epilogue`` (``cpgemm.epilogues``) shows and compiles the kernel that
+    ``gemm`` takes with it.  Raises ``ArgumentError`` for sizes that no kernel takes (k % 16, n % 8,
+    empty) or a misfit ``config``.
     """
-    unsplit = _unsplit(deterministic)
+    unsplit = wants_unsplit(deterministic)
     problem = GemmProblem(m, n, k, out_dtype, accumulate)
     if 0 in (problem.m, problem.n, problem.k):
         reject("m, n, k", "must not be 0 in a plan", (m, n, k), "Call cpgemm.gemm, which returns.")
+    spec = None
+    if epilogue is not None:
+        spec = require_epilogue(epilogue).spec(output_of(epilogue, problem.out_dtype))
     machine = current_machine()
     if config is None:
-        config = choose(problem, machine, unsplit=unsplit)
+        config = choose_kernel(problem, machine, unsplit, spec)
     elif unsplit and isinstance(config, SplitKernelConfig):
         reject(
             "config", "must add along K in one order for batch invariance", config.name,
             "Leave it out.",
         )  # fmt: skip
-    return _plan(problem, config, machine, bool(static_b))
+    return _plan(problem, config, machine, bool(static_b), spec)
 
 
 def gemm(
@@ -242,6 +285,7 @@ def gemm(
     out_dtype: Any = None,
     deterministic: Deterministic = True,
     static_b: bool = False,
+    epilogue: Any = None,
 ) -> Any:
     """D = C + A @ B.T from block-scaled e4m3 operands.
 
@@ -250,6 +294,8 @@ def gemm(
     pitch and address multiples of 16 bytes; ``c`` may be ``out`` itself.  ``out_dtype``: "bfloat16"
     or "float32"; by default the dtype of ``out``, else of ``c``, else bfloat16.  K is a multiple of
     16, N of 8, M anything; empty sizes do what linear algebra says (K = 0 gives C or zeros).
+    ``epilogue``: steps of ``cpgemm.epilogues`` on C + A @ B.T, within the kernel; D then has the
+    shape and the kind that they leave.
 
     ``deterministic``: every run gives the same bits, in any case.  With ``"batch_invariant"`` the
     bits of a row of D depend on nothing but that row of A (and of C) and on B: neither on M nor on
@@ -264,6 +310,9 @@ def gemm(
     Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError`` before anything is launched
     or written, ``CompileError`` when a kernel does not build.
     """
+    if epilogue is not None:
+        options = (deterministic, static_b)
+        return fused_gemm(a, b, out, c, out_dtype, epilogue, options, _fused_plan)
     if out_dtype is None:
         if out is None:
             out = _room(a, b, c)
@@ -295,20 +344,6 @@ def _key(
     return signature(a), signature(b), signed, read, deterministic, static_b
 
 
-def _unsplit(deterministic: object) -> bool:
-    """Whether K is to be added up in one order for all M."""
-    if isinstance(deterministic, bool):
-        return False  # run to run, every kernel is deterministic
-    if deterministic == "batch_invariant":
-        return True
-    reject(
-        "deterministic",
-        'must be True or "batch_invariant"',
-        repr(deterministic),
-        "Leave it out: every run gives the same bits.",
-    )
-
-
 def _room(a: Any, b: Any, c: Any) -> Any:
     """Room for the result of operands that were multiplied before; None for new ones."""
     made = _results.get((signature(a), signature(b), c is not None and signature(c)))
@@ -335,7 +370,7 @@ def _checked(
     key: Hashable,
 ) -> Any:
     """A call that was not made before: every rule is checked."""
-    unsplit = _unsplit(deterministic)
+    unsplit = wants_unsplit(deterministic)
     native_out: Any = None if out is None else as_native("out", out, writable=True)
     native_c: Any = None if c is None else as_native("c", c)
     dtype = infer_out_dtype(out_dtype, native_out, native_c)
@@ -362,7 +397,7 @@ def _checked(
             _fill(native_out, native_c)
         elif native_out.size:
             machine = Machine.of_device(a.data.data.device_id)
-            config = choose(problem, machine, unsplit=unsplit)
+            config = choose_kernel(problem, machine, unsplit)
             plan = _plan(problem, config, machine, bool(static_b))
             launch = plan.prepare(a, b, native_out, native_c, framework)
             if key is not None:
@@ -376,44 +411,3 @@ def _fill(out: Any, c: Any) -> None:
     """K = 0: D is C, or zeros. As bits, because CuPy has few kernels for bfloat16."""
     bits = np.uint16 if out.itemsize == 2 else np.uint32
     out.view(bits)[...] = 0 if c is None else c.view(bits)
-
-
-def gemm_nt(a: ScaledTensor, b: ScaledTensor, out: Any = None, **options: Any) -> Any:
-    """``gemm`` by its BLAS name: a (M, K) as it is, b (N, K) transposed.
-
-    ``out`` and the options (``c``, ``out_dtype``), the result and the errors as in ``gemm``.
-    """
-    return gemm(a, b, out, **options)
-
-
-def gemm_nn(a: ScaledTensor, b: ScaledTensor, out: Any = None, **options: Any) -> Any:
-    """D = C + A @ B with b (K, N), granularity (128, 128).
-
-    Hopper's FP8 tensor cores read both operands along K, so this makes a transposed copy of ``b``
-    first (``b.T.k_major()``); keep that copy yourself when ``b`` is used again.  The rest as in
-    ``gemm``.
-    """
-    return gemm(a, _transposed("b", b), out, **options)
-
-
-def gemm_tn(a: ScaledTensor, b: ScaledTensor, out: Any = None, **options: Any) -> Any:
-    """D = C + A.T @ B with a (K, M), granularity (128, 1), and b (K, N), granularity (128, 128).
-
-    Makes transposed copies of what is not stored along K (``gemm_nn`` says why).
-    ``quantize(x, (128, 1))`` stores along K already, so that its result is not copied again.  The
-    rest as in ``gemm``.
-    """
-    return gemm(_transposed("a", a), _transposed("b", b), out, **options)
-
-
-def gemm_tt(a: ScaledTensor, b: ScaledTensor, out: Any = None, **options: Any) -> Any:
-    """D = C + A.T @ B.T with a (K, M), granularity (128, 1), and b (N, K), granularity (128, 128).
-
-    Makes a transposed copy of ``a`` unless it is stored along K (``gemm_nn`` says why).  The rest
-    as in ``gemm``.
-    """
-    return gemm(_transposed("a", a), b, out, **options)
-
-
-def _transposed(name: str, operand: object) -> ScaledTensor:
-    return require_scaled(name, operand, "Quantise it with cpgemm.quantize.").T.k_major()

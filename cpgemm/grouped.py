@@ -19,7 +19,9 @@ from cpgemm.calls import ReadyCalls, signature, working_framework
 from cpgemm.compiler import load_kernel
 from cpgemm.config import AdaptiveKernelConfig, GroupedKernelConfig
 from cpgemm.dlpack import Framework, as_framework, as_native, empty
+from cpgemm.epilogue_spec import EpilogueSpec
 from cpgemm.errors import reject
+from cpgemm.fused import fused_grouped, ready_launch
 from cpgemm.group_index import GROUP_LAYOUTS, index_name, select_layout
 from cpgemm.grouped_heuristics import choose_grouped
 from cpgemm.grouped_problem import GroupedProblem, check_expected_m, contiguous_alignment
@@ -51,6 +53,7 @@ def grouped_gemm_contiguous(
     ends: Any = None,
     out_dtype: Any = None,
     fill_padding: bool = False,
+    epilogue: Any = None,
 ) -> Any:
     """out[rows of g] = a[rows of g] @ b[g].T, the groups one behind the other in the rows of ``a``.
 
@@ -75,26 +78,36 @@ def grouped_gemm_contiguous(
     aligned block whose first index names no group is padding.  ``CPGEMM_CHECK=1`` checks them
     first, and waits for the stream; NumPy arrays are always checked.
 
+    ``epilogue``: steps of ``cpgemm.epilogues`` within the kernel; D then has the shape and the kind
+    that they leave.  Not with ``fill_padding`` when that is another than (M_total, N).
+
     Returns ``out``.  Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError`` before
     anything is launched or written.
     """
     layout, index = select_layout(m_indices=m_indices, offsets=offsets, ends=ends)
-    key = None if out_dtype is not None else _key(a, b, out, index, layout, fill_padding)
-    launch = _ready.get(key)
+    if epilogue is None:
+        key = None if out_dtype is not None else _key(a, b, out, index, layout, fill_padding)
+        launch = _ready.get(key)
+    else:
+        key, launch = ready_launch(a, b, out, index, (layout, fill_padding, out_dtype), epilogue)
     if launch is not None and not env.check():
         launch()
         return out
-    native_out = None if out is None else as_native("out", out, writable=True)
+    native_out = _native_out(out, epilogue)
     native_index = as_native(index_name(layout), index)
     arrays: dict[str, Any] = dict.fromkeys(("m_indices", "offsets", "ends"))
     problem = GroupedProblem.of_contiguous(
         a,
         b,
-        native_out,
+        native_out if epilogue is None else None,
         **{**arrays, layout: native_index},
         out_dtype=infer_out_dtype(out_dtype, native_out),
         fill_padding=fill_padding,
     )
+    if epilogue is not None:
+        return fused_grouped(
+            problem, a, b, out, index, native_index, epilogue, prepare_grouped, key
+        )
     framework = working_framework(a, b, out, index)
     return _run(problem, a, b, out, native_out, native_index, framework, key)
 
@@ -107,6 +120,7 @@ def grouped_gemm_masked(
     masked_m: Any,
     expected_m: int | None = None,
     out_dtype: Any = None,
+    epilogue: Any = None,
 ) -> Any:
     """out[g, :masked_m[g]] = a[g, :masked_m[g]] @ b[g].T for each group g.
 
@@ -121,30 +135,46 @@ def grouped_gemm_masked(
     One launch; counts are read on the device.  Counts below 0 are taken as 0, counts above M_max as
     M_max; ``CPGEMM_CHECK=1`` checks them first, and waits for the stream.
 
+    ``epilogue``: as for ``grouped_gemm_contiguous``.
+
     Returns ``out``.  Raises ``ArgumentError``, ``ArgumentTypeError`` or ``DeviceError`` before
     anything is launched or written.
     """
-    key = None if out_dtype is not None else _key(a, b, out, masked_m, "masked", False)
-    launch = _ready.get(key)
+    if epilogue is None:
+        key = None if out_dtype is not None else _key(a, b, out, masked_m, "masked", False)
+        launch = _ready.get(key)
+    else:
+        key, launch = ready_launch(a, b, out, masked_m, ("masked", False, out_dtype), epilogue)
     if launch is not None and not env.check():
         check_expected_m(expected_m)
         launch()
         return out
-    native_out = None if out is None else as_native("out", out, writable=True)
+    native_out = _native_out(out, epilogue)
     native_index = as_native("masked_m", masked_m)
     problem = GroupedProblem.of_masked(
         a,
         b,
-        native_out,
+        native_out if epilogue is None else None,
         masked_m=native_index,
         expected_m=expected_m,
         out_dtype=infer_out_dtype(out_dtype, native_out),
     )
+    if epilogue is not None:
+        return fused_grouped(
+            problem, a, b, out, masked_m, native_index, epilogue, prepare_grouped, key
+        )
     framework = working_framework(a, b, out, masked_m)
     return _run(problem, a, b, out, native_out, native_index, framework, key)
 
 
 _ready = ReadyCalls()
+
+
+def _native_out(out: Any, epilogue: Any) -> Any:
+    """``out`` as a native array; of a quantising epilogue, its codes say nothing of a dtype."""
+    if out is None or (epilogue is not None and isinstance(out, ScaledTensor)):
+        return None
+    return as_native("out", out, writable=True)
 
 
 def _key(a: Any, b: Any, out: Any, index: Any, layout: str, fill: bool) -> Hashable:
@@ -199,10 +229,13 @@ def prepare_grouped(
     *,
     form: int | None = None,
     framework: Framework = "cupy",
+    epilogue: EpilogueSpec | None = None,
+    operands: tuple[bytes, ...] = (),
 ) -> PreparedLaunch:
     """The launch on operands that obey every rule and lie on CuPy's current device.
 
     ``form`` makes an adaptive kernel take ``TALL`` or ``FLAT`` tiles whatever the sizes.
+    ``operands``: what the ``epilogue`` reads, as the kernel's last arguments.
     """
     refusal = config.why_not_layout(problem.layout, problem.n)
     if refusal:
@@ -212,10 +245,10 @@ def prepare_grouped(
     row_tiles = -(-problem.rows // least.block_m) + problem.groups
     tiles = row_tiles * least.column_tiles(problem.n)
     return PreparedLaunch(
-        load_kernel(gemm_source(config)),
+        load_kernel(gemm_source(config, epilogue)),
         config.blocks(tiles, Machine.of_device(a.data.data.device_id).sms),
         config.threads,
-        _arguments(problem, config, a, b, out, index, form),
+        (*_arguments(problem, config, a, b, out, index, form), *operands),
         shared_bytes=config.shared_bytes,
         pdl=settings.pdl(),
         framework=framework,

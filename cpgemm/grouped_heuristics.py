@@ -15,7 +15,7 @@ from cpgemm.grouped_problem import GroupedProblem
 from cpgemm.heuristics import H200, Machine, Tile, deepest
 from cpgemm.problem import OutDtype
 
-__all__ = ["choose_grouped", "grouped_configurations"]
+__all__ = ["adaptive_configuration", "choose_grouped", "grouped_configurations"]
 
 _FLAT_WIDTHS = (128, 96)
 # Rows of a contiguous group in the mean; below, the tails of pairs cost more than multicast gains.
@@ -27,14 +27,15 @@ def grouped_configurations(out_dtype: OutDtype) -> tuple[GroupedKernelConfig, ..
     """The finite set of grouped kernels for one output dtype, the adaptive ones first."""
     # float32 stores make the tallest tile slow to compile.
     tall = Tile(256 if out_dtype == "bfloat16" else 128, 128, 2)
-    adaptive = tuple(_adaptive(tall, width, out_dtype) for width in _FLAT_WIDTHS)
+    adaptive = tuple(adaptive_configuration(tall, width, out_dtype) for width in _FLAT_WIDTHS)
     if out_dtype != "bfloat16":
         return adaptive
     multicast = tall._replace(cluster_n=2, unroll=8)
     return (*adaptive, deepest(GroupedKernelConfig, multicast, out_dtype))
 
 
-def _adaptive(tall: Tile, flat_n: int, out_dtype: OutDtype) -> AdaptiveKernelConfig:
+def adaptive_configuration(tall: Tile, flat_n: int, out_dtype: OutDtype) -> AdaptiveKernelConfig:
+    """A tall tile or a flat one of ``flat_n`` columns, with as many stages of each as fit."""
     flat = deepest(GroupedKernelConfig, Tile(64, flat_n, 1), out_dtype)
     return AdaptiveKernelConfig(
         # An unroll of 1 is no slower than 2 or 3 here, and compiled sooner.

@@ -36,7 +36,14 @@ from cpgemm.problem import (
 )
 from cpgemm.scaled import BLOCK, Array, ScaledTensor, is_array, is_cupy
 
-__all__ = ["MAX_GROUPS", "GroupedProblem", "check_expected_m", "contiguous_alignment"]
+__all__ = [
+    "MAX_GROUPS",
+    "GroupedProblem",
+    "check_expected_m",
+    "check_grouped_out",
+    "check_groups_adjacent",
+    "contiguous_alignment",
+]
 
 MAX_GROUPS = 1024  # the kernels keep a table of them in shared memory
 
@@ -210,12 +217,12 @@ class GroupedProblem:
                 "Give it as (groups, M_max, K).",
             )
         problem = cls("masked", b.shape[0], a.shape[1], b.shape[1], a.shape[2], dtype)
-        _check_groups_adjacent("a", a.data)
+        check_groups_adjacent("a", a.data)
         scales_pitch = 4 * problem.k_blocks * a.scales_pitch
         if problem.groups > 1 and a.scales.size and a.scales.strides[0] != scales_pitch:
             _reject_gap("a.scales", a.scales, scales_pitch)
         if out is not None:
-            _check_masked_out(problem, out, a)
+            check_grouped_out(out, problem.shape, dtype, a)
         _check_common(problem, a, b, out, masked_m)
         return problem
 
@@ -234,10 +241,10 @@ def _check_b(a: ScaledTensor, b: ScaledTensor) -> None:
         )
     if b.device != a.device:
         reject("b", f"must be on a's device, {a.device}", b.device, "Move one of them.")
-    _check_groups_adjacent("b", b.data)
+    check_groups_adjacent("b", b.data)
 
 
-def _check_groups_adjacent(name: str, array: Array) -> None:
+def check_groups_adjacent(name: str, array: Array) -> None:
     """The kernels see (groups, R, C) as one matrix of groups * R rows with a single pitch."""
     groups, rows, _ = array.shape
     if groups > 1 and rows > 1 and array.size:
@@ -255,25 +262,26 @@ def _reject_gap(name: str, array: Array, pitch: int) -> None:
     )
 
 
-def _check_masked_out(problem: GroupedProblem, out: Array, a: ScaledTensor) -> None:
-    dtype = problem.out_dtype
+def check_grouped_out(out: Array, shape: tuple[int, ...], dtype: OutDtype, a: ScaledTensor) -> None:
+    """``out`` of a masked product: (groups, M_max, N), its groups one behind the other."""
+    groups, m, n = shape
     same_kind = is_array(out) and is_cupy(out) == is_cupy(a.data)
     if not same_kind or out.dtype != OUT_DTYPES[dtype]:
-        check_matrix("out", out, (problem.m, problem.n), dtype, a)  # rejects it: kind or dtype
-    if tuple(out.shape) != problem.shape:
+        check_matrix("out", out, (m, n), dtype, a)  # rejects it: kind or dtype
+    if tuple(out.shape) != shape:
         reject(
             "out",
-            f"must have shape {problem.shape} (groups, M_max, N)",
+            f"must have shape {shape} (groups, M_max, N)",
             f"shape {tuple(out.shape)}",
             "Allocate it with that shape.",
         )
-    check_matrix("out", out[0], (problem.m, problem.n), dtype, a)
-    _check_groups_adjacent("out", out)
+    check_matrix("out", out[0], (m, n), dtype, a)
+    check_groups_adjacent("out", out)
     if is_cupy(out):
         check_alignment("out", out)
     item = out.itemsize
-    if problem.groups > 1 and out.size and out.strides[0] < problem.n * item:
-        _reject_gap("out", out, problem.m * problem.n * item)
+    if groups > 1 and out.size and out.strides[0] < n * item:
+        _reject_gap("out", out, m * n * item)
 
 
 def _check_common(

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -44,6 +45,7 @@ __all__ = [
     "configurations",
     "deepest",
     "explain",
+    "fastest",
     "predict",
     "tile_times",
 ]
@@ -402,3 +404,13 @@ def choose(problem: GemmProblem, machine: Machine = H200, *, unsplit: bool = Fal
 def predict(problem: GemmProblem, config: KernelConfig, machine: Machine = H200) -> Candidate:
     """The prediction for one configuration, for those that ``explain`` leaves out too."""
     return _predict(problem, config, machine)
+
+
+def fastest(
+    problem: GemmProblem, candidates: Sequence[KernelConfig], machine: Machine
+) -> KernelConfig:
+    """Of these configurations the one that the model predicts to be fastest."""
+    suited = [config for config in candidates if _suits(problem, config, machine)]
+    return min(
+        suited or candidates, key=lambda config: _predict(problem, config, machine).predicted_us
+    )

@@ -1,10 +1,15 @@
-"""The finite set of kernels: from configurations to sources, and the list of all of them."""
+"""The finite set of kernels: from configurations to sources, and the list of all of them.
+
+A kernel with an epilogue is its user's: it is none of the set.
+"""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from cpgemm.config import KernelConfig
+from cpgemm.epilogue_spec import EpilogueSpec
 from cpgemm.grouped_heuristics import grouped_configurations
 from cpgemm.heuristics import configurations
 from cpgemm.problem import OUT_DTYPES
@@ -14,13 +19,36 @@ __all__ = ["all_sources", "gemm_source"]
 
 
 @functools.lru_cache(maxsize=256)
-def gemm_source(config: KernelConfig) -> KernelSource:
-    """The rendered kernel of a configuration."""
+def gemm_source(config: KernelConfig, epilogue: EpilogueSpec | None = None) -> KernelSource:
+    """The rendered kernel of a configuration, with an epilogue or without."""
+    source = _rendered(config, epilogue)
+    if epilogue is None or not any(stage.source for stage in epilogue.stages):
+        return source
+    # The compiler shall count a user's lines from 1, and go on behind them as in the file.
+    lines = source.text.splitlines()
+    resumed = [i for i, line in enumerate(lines, 1) if line.startswith(f'#line {_UNKNOWN} "')]
+    places = iter(resumed)
+    stages = tuple(
+        replace(stage, resume_line=next(places) + 1) if stage.source else stage
+        for stage in epilogue.stages
+    )
+    return _rendered(config, replace(epilogue, stages=stages))
+
+
+_UNKNOWN = 0  # Stage.resume_line before the kernel was rendered once
+
+
+def _rendered(config: KernelConfig, epilogue: EpilogueSpec | None) -> KernelSource:
+    values: dict[str, object] = {"config": config, "epilogue": epilogue}
+    name = config.name
+    if epilogue is not None:
+        name = f"{name}_{epilogue.name}"
+        values["source_name"] = f"{name}.cu"
     return render(
         config.template,
-        name=config.name,
+        name=name,
         entry=config.entry,
-        values={"config": config},
+        values=values,
         shared_bytes=config.shared_bytes,
     )
 

@@ -151,7 +151,7 @@ def check_rows(name: str, array: Array, dtypes: tuple[str, ...], multiple: int) 
 
 
 def check_scaled_out(
-    out: ScaledTensor, shape: tuple[int, int], scale_format: str, inputs: dict[str, Any]
+    out: ScaledTensor, shape: tuple[int, ...], scale_format: str, inputs: dict[str, Any]
 ) -> None:
     require_scaled("out", out, "Leave it out to have one made.")
     device = device_of(next(iter(inputs.values())))

@@ -7,7 +7,7 @@ a GPU, reads a value on a device or changes anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +27,7 @@ from cpgemm.scaled import (
 __all__ = [
     "HOPPER",
     "OUT_DTYPES",
+    "Deterministic",
     "GemmProblem",
     "OutDtype",
     "check_alignment",
@@ -36,9 +37,11 @@ __all__ = [
     "check_operand",
     "infer_out_dtype",
     "normalize_out_dtype",
+    "wants_unsplit",
 ]
 
 OutDtype = Literal["bfloat16", "float32"]
+Deterministic: TypeAlias = "bool | Literal['batch_invariant']"
 OUT_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
@@ -79,6 +82,20 @@ def infer_out_dtype(out_dtype: object, *arrays: Any) -> OutDtype:
         if is_array(array) and array.dtype in OUT_DTYPES.values():
             return normalize_out_dtype(array.dtype)
     return "bfloat16"
+
+
+def wants_unsplit(deterministic: object) -> bool:
+    """Whether K is to be added up in one order for all M."""
+    if isinstance(deterministic, bool):
+        return False  # run to run, every kernel is deterministic
+    if deterministic == "batch_invariant":
+        return True
+    reject(
+        "deterministic",
+        'must be True or "batch_invariant"',
+        repr(deterministic),
+        "Leave it out: every run gives the same bits.",
+    )
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,8 @@ def _banner(template: str, name: str, values: Mapping[str, object]) -> Iterator[
     yield f"// Rendered by cpgemm from {template}; edit the template, not this file."
     for key in sorted(values):
         for label, value in _flatten(key, values[key]):
+            if value is None:
+                continue  # what a kernel has not
             # A newline or a trailing backslash would let a value escape from its comment.
             shown = " ".join(str(value).split()).rstrip("\\")
             yield f"//   {label} = {shown}"

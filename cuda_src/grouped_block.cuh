@@ -29,8 +29,9 @@ struct GroupedForm {
     };
 };
 
-// Called by the producer warp. `tiles_before` is GroupTable's, for the form's height of tiles.
-template <class Form>
+// Called by the producer warp. `tiles_before` is GroupTable's, for the form's height of tiles. `kGroup`: the
+// consumers are told the group too, in the upper bits of scale_shift.
+template <class Form, bool kGroup = false>
 __device__ __forceinline__ void grouped_produce(
     typename Form::Shared& shared, const int* tiles_before, const TensorMap& map_a, const TensorMap& map_a_few,
     const TensorMap& map_b, const TensorMap& map_scale_a, const GroupedProblem& problem, const float* scale_b,
@@ -55,7 +56,8 @@ __device__ __forceinline__ void grouped_produce(
             tile.group * scale_rows + min((tile.column + lane * Tile::kSegment) / 128, scale_rows - 1);
         producer.wait_empty();
         if (lane == 0) {
-            shared.place[producer.position.stage] = {tile.row, tile.row_end, tile.column, shift};
+            shared.place[producer.position.stage] = {
+                tile.row, tile.row_end, tile.column, kGroup ? shift | tile.group << 2 : shift};
         }
         producer.load(
             tile.row, tile.group * problem.n + tile.column, scale_x - shift, masked ? tile.group * k_blocks : 0,
@@ -71,20 +73,27 @@ __device__ __forceinline__ void grouped_produce(
     ptx::grid_launch_dependents();
 }
 
-// Called by the consumer warpgroups of the form. Waves of 64 rows behind a group's end are left out.
-template <class Form>
+// Called by the consumer warpgroups of the form. Waves of 64 rows behind a group's end are left out. `Output`
+// stores; with an epilogue it is made of `more` too (fused_store.cuh).
+template <
+    class Form, bool kGroup = false, class Output = TileStore<typename Form::Tile, Form::kStoreChunk>, class... More>
 __device__ __forceinline__ void grouped_consume(
     typename Form::Shared& shared, const TensorMap& map_d, typename Form::Tile::Element* d, long long pitch_d, int n,
-    int k_blocks, int warpgroup, int warp, int lane, u32 rank) {
+    int k_blocks, int warpgroup, int warp, int lane, u32 rank, const More&... more) {
     using Tile = typename Form::Tile;
     Consumer<Tile> consumer(shared.main, warpgroup, warp, lane, rank);
-    TileStore<Tile, Form::kStoreChunk> output(shared.main, map_d, d, pitch_d, n, warpgroup);
-    float total[Tile::kWaves][Tile::kBlockN / 2];
+    Output output(shared.main, map_d, d, pitch_d, n, warpgroup, more...);
+    float total[Tile::kWaves][Tile::kWaveN / 2];
 
     while (true) {
         consumer.wait_full(consumer.position);
-        const TilePlace tile = read_place(shared.place[consumer.position.stage], lane);
+        TilePlace tile = read_place(shared.place[consumer.position.stage], lane);
         if (uniform(tile.row < 0)) break;
+        if constexpr (kGroup) {
+            output.group = tile.scale_shift >> 2;
+            tile.scale_shift &= 3;
+        }
+        if constexpr (Tile::kColumnParts > 1) tile.column += consumer.first_column;
         const int row = tile.row + consumer.first_row;  // of this warpgroup's first wave
         const int last_row = tile.row + Tile::kWaveStride;
         if (Form::kSharesWave && uniform(last_row < tile.row_end && tile.row_end <= last_row + 64)) {

@@ -30,8 +30,9 @@ def tile_schedule(plan: GemmPlan, *, theme: str = "light") -> Figure:
 
     Left: blocks (one on each multiprocessor) over time, coloured by turn.  The time is what the
     model predicts, shared evenly among the turns.  Right: the tiles of D, in the colours of their
-    turns; the line walks through those of the first turn.  Needs no GPU.  ``plan``: of ``plan_gemm``;
-    ``theme``: "light" or "dark".
+    turns; the line walks through those of the first turn.  Needs no GPU.
+
+    ``plan``: of ``plan_gemm``.  ``theme``: "light" or "dark".
     """
     require_matplotlib()
     colors = theme_named(theme)
