@@ -29,12 +29,13 @@ from cpgemm.errors import (
     MissingDependencyError,
     WrongResultError,
 )
-from cpgemm.gemm import GemmPlan, gemm, plan_gemm
+from cpgemm.gemm import gemm
 from cpgemm.gemm_forms import gemm_nn, gemm_nt, gemm_tn, gemm_tt
 from cpgemm.grouped import contiguous_alignment, grouped_gemm_contiguous, grouped_gemm_masked
 from cpgemm.kernel_diff import diff
 from cpgemm.kernel_view import Kernel
 from cpgemm.open_kernels import kernel
+from cpgemm.plan import GemmPlan, plan_gemm
 from cpgemm.problem import GemmProblem
 from cpgemm.quantize import quantize
 from cpgemm.scaled import ScaledTensor

@@ -8,9 +8,9 @@ import numpy as np
 
 from cpgemm.config import KernelConfig
 from cpgemm.errors import ArgumentTypeError, reject
-from cpgemm.gemm import plan_gemm
 from cpgemm.kernel_view import Kernel
 from cpgemm.kernels import all_sources, gemm_source
+from cpgemm.plan import plan_gemm
 from cpgemm.problem import OutDtype
 from cpgemm.render import find_source
 

@@ -16,12 +16,12 @@ from cpgemm.compiler import load_kernel, require_cupy
 from cpgemm.config import GroupedKernelConfig, KernelConfig
 from cpgemm.dlpack import as_native, empty
 from cpgemm.errors import ArgumentTypeError, DeviceError, WrongResultError, reject
-from cpgemm.gemm import GemmPlan, plan_gemm
 from cpgemm.heuristics import Machine
 from cpgemm.kernel_check import CheckResult, compare, on_host, seeded_operands
 from cpgemm.kernel_view import Kernel
 from cpgemm.launch import PreparedLaunch
 from cpgemm.layout import is_array, is_cupy, pointer
+from cpgemm.plan import GemmPlan, plan_gemm
 from cpgemm.problem import OUT_DTYPES, GemmProblem, OutDtype, infer_out_dtype
 from cpgemm.quantize import quantize
 from cpgemm.render import KernelSource
@@ -283,7 +283,10 @@ def kernel_from_template(
         entry = config.entry
     if shared_bytes is None:
         shared_bytes = 0 if config is None else config.shared_bytes
-    seen: dict[str, object] = {} if config is None else {"config": config}
+    # The package's own templates ask whether there is an epilogue.
+    seen: dict[str, object] = {"epilogue": None}
+    if config is not None:
+        seen["config"] = config
     source = render_file(
         file,
         name=_name_of(file) if name is None else name,

@@ -21,7 +21,6 @@ from cpgemm import env, gemm, grouped_gemm_contiguous, grouped_gemm_masked
 from cpgemm.calls import ReadyCalls, signature
 from cpgemm.dlpack import as_native
 from cpgemm.errors import CpgemmError
-from cpgemm.gemm import plan_gemm
 from cpgemm.group_index import GroupLayout, index_name, select_layout
 from cpgemm.grouped import prepare_grouped
 from cpgemm.grouped_heuristics import choose_grouped
@@ -29,6 +28,7 @@ from cpgemm.grouped_problem import GroupedProblem
 from cpgemm.heuristics import Machine
 from cpgemm.launch import PreparedLaunch
 from cpgemm.layout import BLOCK, Granularity, pointer
+from cpgemm.plan import plan_gemm
 from cpgemm.problem import GemmProblem
 from cpgemm.quantize import quantize
 from cpgemm.scaled import ScaledTensor, check_granularity, check_scale_format

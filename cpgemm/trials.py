@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from cpgemm.config import KernelConfig
 from cpgemm.errors import CompileError, DeviceError, reject
-from cpgemm.gemm import GemmPlan
 from cpgemm.heuristics import Machine, configurations, explain, predict
+from cpgemm.plan import GemmPlan
 from cpgemm.problem import OUT_DTYPES, GemmProblem
 from cpgemm.timing import Timing, time_interleaved
 from cpgemm.trial_operands import (

@@ -129,7 +129,7 @@ def _seed(args: argparse.Namespace) -> int:
 
 
 def _dry_run(args: argparse.Namespace, problems: list[GemmProblem]) -> int:
-    from cpgemm.gemm import current_machine
+    from cpgemm.plan import current_machine
     from cpgemm.trials import candidates
     from cpgemm.tuned import path_for
 
@@ -149,7 +149,7 @@ def _dry_run(args: argparse.Namespace, problems: list[GemmProblem]) -> int:
 
 def _tune(args: argparse.Namespace, problems: list[GemmProblem]) -> int:
     from cpgemm import settings, tuning
-    from cpgemm.gemm import current_machine
+    from cpgemm.plan import current_machine
     from cpgemm.trials import GpuTrials
     from cpgemm.tuned import path_for
 
@@ -180,7 +180,7 @@ def _tune(args: argparse.Namespace, problems: list[GemmProblem]) -> int:
 def _check_model(args: argparse.Namespace) -> int:
     from cpgemm import model_check, tuning
     from cpgemm.console import progress
-    from cpgemm.gemm import current_machine
+    from cpgemm.plan import current_machine
     from cpgemm.trials import GpuTrials
 
     tuning.require_hopper()

@@ -16,10 +16,10 @@ from pathlib import Path
 from cpgemm import settings
 from cpgemm.console import counted, print_table, progress, table_text
 from cpgemm.errors import DeviceError, reject
-from cpgemm.gemm import current_machine
 from cpgemm.heuristics import Machine
 from cpgemm.locking import locked, write_atomically
 from cpgemm.machine import why_no_hopper
+from cpgemm.plan import current_machine
 from cpgemm.problem import GemmProblem, OutDtype
 from cpgemm.trials import Contest, GpuTrials, Trials, candidates, contest, short_name
 from cpgemm.tuned import TunedChoice, UnusableFile, path_for, read_file, text_of

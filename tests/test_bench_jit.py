@@ -11,7 +11,7 @@ from tiny_kernels import needs_nvrtc
 from cpgemm.bench import jit
 from cpgemm.bench.result import Case
 from cpgemm.compiler import compile_count
-from cpgemm.gemm import plan_gemm
+from cpgemm.plan import plan_gemm
 
 pytestmark = needs_nvrtc
 SIZES = (64, 256, 512)

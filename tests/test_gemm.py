@@ -9,8 +9,8 @@ import cpgemm
 from cpgemm import settings
 from cpgemm.config import SplitKernelConfig
 from cpgemm.errors import ArgumentError, ArgumentTypeError
-from cpgemm.gemm import GemmPlan, plan_gemm
 from cpgemm.heuristics import H200, configurations
+from cpgemm.plan import GemmPlan, plan_gemm
 from cpgemm.problem import OUT_DTYPES, GemmProblem
 from cpgemm.scaled import ScaledTensor
 

@@ -13,8 +13,8 @@ from bench_fakes import Gpu
 from fake_trials import FakeTrials
 
 from cpgemm.errors import DeviceError
-from cpgemm.gemm import GemmPlan
 from cpgemm.heuristics import H200, choose, configurations, explain, predict
+from cpgemm.plan import GemmPlan
 from cpgemm.problem import GemmProblem
 from cpgemm.reference import gemm_reference
 from cpgemm.timing import rotations
@@ -130,7 +130,7 @@ def test_the_gpus_trials_with_a_stand_in_for_cupy(monkeypatch: pytest.MonkeyPatc
 def test_gpu_trials(dtype: Any) -> None:
     import cupy
 
-    from cpgemm.gemm import current_machine
+    from cpgemm.plan import current_machine
 
     problems = [GemmProblem(*s, dtype, True) for s in [(1, 256, 512), (130, 264, 1040)]]
     machine = current_machine()

@@ -51,7 +51,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTrials:
     monkeypatch.setattr(tuning, "require_hopper", lambda: None)
     monkeypatch.setattr("cpgemm.trials.GpuTrials", lambda *_args, **_options: trials)
     monkeypatch.setattr(tuning, "GpuTrials", lambda *_args, **_options: trials)
-    monkeypatch.setattr(sys.modules["cpgemm.gemm"], "current_machine", lambda: H200)
+    monkeypatch.setattr(sys.modules["cpgemm.plan"], "current_machine", lambda: H200)
     monkeypatch.setattr(tuning, "current_machine", lambda: H200)
     return trials
 

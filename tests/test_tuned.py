@@ -112,7 +112,7 @@ def test_other_rows_take_the_nearest_with_as_many_tiles() -> None:
 
 
 def test_plans_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["cpgemm.gemm"], "current_machine", lambda: H200)
+    monkeypatch.setattr(sys.modules["cpgemm.plan"], "current_machine", lambda: H200)
     model = cpgemm.plan_gemm(64, 2112, 7168).config
     choice = made(64)
     write(choice)

@@ -23,7 +23,7 @@ CONFIG = configurations("bfloat16")[0]
 
 
 def rendered(path: Path, entry: str = "cpgemm_dense", **changes: Any) -> KernelSource:
-    values = {"config": CONFIG, **changes.pop("values", {})}
+    values = {"config": CONFIG, "epilogue": None, **changes.pop("values", {})}
     return render_file(
         path, name="mine", entry=entry, values=values, shared_bytes=CONFIG.shared_bytes, **changes
     )
@@ -50,7 +50,9 @@ def line_of(path: Path, text: str) -> int:
 @pytest.mark.parametrize("template", ["dense.cu.j2", "dense_split.cu.j2"])
 def test_a_copy_renders_to_the_same_text(tmp_path: Path, template: str) -> None:
     config = next(c for c in configurations("bfloat16") if c.template == template)
-    source = rendered(dense_copy(tmp_path, template=template), values={"config": config})
+    source = rendered(
+        dense_copy(tmp_path, template=template), values={"config": config, "epilogue": None}
+    )
     assert body(source) == body(gemm_source(config))
     assert "from mine.cu.j2; edit the template" in source.text and not source.strict
 
@@ -176,7 +178,11 @@ def test_golden_files_stay() -> None:
     ("old", "new", "says"),
     [
         ("{{ config.stages }}", "{{ config.stagess }}", "no attribute 'stagess'"),
-        ("{{ config.stages }}", "{{ stages }}", "'stages' is undefined; got the names config"),
+        (
+            "{{ config.stages }}",
+            "{{ stages }}",
+            "'stages' is undefined; got the names config, epilogue",
+        ),
         ("{{ config.stages }}", "{{ config.stages / 0 }}", "ZeroDivisionError"),
         ("{{ config.stages }}", "{{ config.stages ", "expected token"),
         ("{{ config.stages }}", "{% if %}", "Expected an expression"),

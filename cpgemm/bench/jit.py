@@ -18,8 +18,8 @@ from pathlib import Path
 from cpgemm.bench.result import Case, Row
 from cpgemm.bench.session import brief
 from cpgemm.compiler import CompiledKernel, compile_kernel
-from cpgemm.gemm import plan_gemm
 from cpgemm.kernels import gemm_source
+from cpgemm.plan import plan_gemm
 from cpgemm.render import KernelSource
 from cpgemm.timing import summarize
 

@@ -10,7 +10,7 @@ from cpgemm.heuristics import Candidate, Explanation, predict
 from cpgemm.tuned import TunedExplanation
 
 if TYPE_CHECKING:
-    from cpgemm.gemm import GemmPlan
+    from cpgemm.plan import GemmPlan
     from cpgemm.problem import GemmProblem
 
 __all__ = ["explanation_html", "plan_html"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from cpgemm.gemm import GemmPlan
+    from cpgemm.plan import GemmPlan
 
 __all__ = ["pipeline"]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from cpgemm.gemm import GemmPlan
+    from cpgemm.plan import GemmPlan
 
 __all__ = ["tile_schedule"]
 
@@ -32,7 +32,8 @@ def tile_schedule(plan: GemmPlan, *, theme: str = "light") -> Figure:
     model predicts, shared evenly among the turns.  Right: the tiles of D, in the colours of their
     turns; the line walks through those of the first turn.  Needs no GPU.
 
-    ``plan``: of ``plan_gemm``.  ``theme``: "light" or "dark".
+    ``plan``: of ``plan_gemm``.  ``theme``: "light" or "dark"; anything else raises
+    ``ArgumentError``.
     """
     require_matplotlib()
     colors = theme_named(theme)
