@@ -28,8 +28,7 @@ class Stage:
     ``kind``: bias, silu, gelu_erf, gelu_tanh, residual, scale, swiglu, quantize or custom.
     ``dtype``: of the array that a bias or a residual reads.  ``per_group``: whether the bias has a
     row for each group.  ``scale_format``: of a quantised result.  ``path``, ``function``,
-    ``dtypes``, ``source``: a user's file, its function, what its arrays hold, its text;
-    ``resume_line``: the line of the rendered kernel behind it, which ``kernels`` finds.
+    ``dtypes``, ``source``: a user's file, its function, what its arrays hold, its text.
     """
 
     kind: str
@@ -40,7 +39,6 @@ class Stage:
     function: str = ""
     dtypes: tuple[str, ...] = ()
     source: str = dataclasses.field(default="", repr=False)
-    resume_line: int = 0
 
     @property
     def operands(self) -> int:
@@ -65,11 +63,13 @@ class Stage:
 class EpilogueSpec:
     """The steps of an epilogue in their order, and what D holds.
 
-    ``output``: the dtype of D, or ``"codes"`` for e4m3 with scales.
+    ``output``: the dtype of D, or ``"codes"`` for e4m3 with scales.  ``resume_lines``: the lines of
+    the rendered kernel behind each of ``files``, which ``kernels`` finds.
     """
 
     stages: tuple[Stage, ...]
     output: Output = "bfloat16"
+    resume_lines: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
@@ -131,6 +131,19 @@ class EpilogueSpec:
     def after_swiglu(self) -> tuple[Stage, ...]:
         """Those of ``value_stages`` on the columns that SwiGLU leaves."""
         return self.value_stages[len(self.before_swiglu) :]
+
+    @property
+    def customs(self) -> tuple[Stage, ...]:
+        """The users' functions, each once."""
+        return tuple(dict.fromkeys(stage for stage in self.stages if stage.kind == "custom"))
+
+    @property
+    def files(self) -> tuple[Stage, ...]:
+        """The first step of each text of a user's: a text stands in the kernel once."""
+        found: dict[tuple[str, str], Stage] = {}
+        for stage in self.customs:
+            found.setdefault((stage.path, stage.source), stage)
+        return tuple(found.values())
 
     @property
     def operands(self) -> int:

@@ -22,20 +22,12 @@ __all__ = ["all_sources", "gemm_source"]
 def gemm_source(config: KernelConfig, epilogue: EpilogueSpec | None = None) -> KernelSource:
     """The rendered kernel of a configuration, with an epilogue or without."""
     source = _rendered(config, epilogue)
-    if epilogue is None or not any(stage.source for stage in epilogue.stages):
+    if epilogue is None or not epilogue.files:
         return source
     # The compiler shall count a user's lines from 1, and go on behind them as in the file.
     lines = source.text.splitlines()
-    resumed = [i for i, line in enumerate(lines, 1) if line.startswith(f'#line {_UNKNOWN} "')]
-    places = iter(resumed)
-    stages = tuple(
-        replace(stage, resume_line=next(places) + 1) if stage.source else stage
-        for stage in epilogue.stages
-    )
-    return _rendered(config, replace(epilogue, stages=stages))
-
-
-_UNKNOWN = 0  # Stage.resume_line before the kernel was rendered once
+    resumed = tuple(i + 1 for i, line in enumerate(lines, 1) if line.startswith('#line 0 "'))
+    return _rendered(config, replace(epilogue, resume_lines=resumed))
 
 
 def _rendered(config: KernelConfig, epilogue: EpilogueSpec | None) -> KernelSource:

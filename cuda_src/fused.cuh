@@ -53,6 +53,12 @@ __device__ __forceinline__ float load_one(const u16* pointer) {
 }
 __device__ __forceinline__ int load_one(const int* pointer) { return *pointer; }
 
+// Always true, which the compiler does not know. What stands behind it is a basic block of its own: were the
+// instructions of several stages, or of all values, mixed, registers would spill.
+__device__ __forceinline__ bool apart(const Place& at) { return ptx::opaque(at.columns) > 0; }
+
+enum : int { kTogether = 16 };  // values of a thread whose arithmetic may be mixed
+
 // ---- stages that look at values only --------------------------------------------------------
 
 // x / (1 + 2^t) in two approximate instructions: t = -x log2(e) makes it SiLU.
@@ -68,9 +74,14 @@ __device__ __forceinline__ float silu(float x) { return gated(x, x * -0x1.715476
 template <class Stage>
 struct Elementwise {
     template <class Layout>
-    __device__ __forceinline__ void apply(float (&values)[Layout::kValues], const Place&) const {
+    __device__ __forceinline__ void apply(float (&values)[Layout::kValues], const Place& at) const {
 #pragma unroll
-        for (int i = 0; i < Layout::kValues; ++i) values[i] = Stage::of(values[i]);
+        for (int first = 0; first < Layout::kValues; first += kTogether) {
+            if (apart(at)) {
+#pragma unroll
+                for (int i = first; i < first + kTogether && i < Layout::kValues; ++i) values[i] = Stage::of(values[i]);
+            }
+        }
     }
 };
 
@@ -95,7 +106,8 @@ struct Scale {
     Operand factor;  // an array of one float, or the float itself
 
     template <class Layout>
-    __device__ __forceinline__ void apply(float (&values)[Layout::kValues], const Place&) const {
+    __device__ __forceinline__ void apply(float (&values)[Layout::kValues], const Place& at) const {
+        if (!apart(at)) return;
         const float by = factor.data != nullptr ? *static_cast<const float*>(factor.data)
                                                 : __uint_as_float(static_cast<u32>(factor.number));
 #pragma unroll
@@ -127,6 +139,7 @@ struct Bias {
 
     template <class Layout>
     __device__ __forceinline__ void apply(float (&values)[Layout::kValues], const Place& at) const {
+        if (!apart(at)) return;
         const T* line = static_cast<const T*>(bias.data) + (kPerGroup ? at.group * bias.number : 0) + at.column;
 #pragma unroll
         for (int i = 0; i < Layout::kValues; i += Layout::kPairs ? 4 : 2) {
@@ -153,6 +166,7 @@ struct Residual {
 
     template <class Layout>
     __device__ __forceinline__ void apply(float (&values)[Layout::kValues], const Place& at) const {
+        if (!apart(at)) return;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = at.row + 8 * half;

@@ -564,6 +564,49 @@ def test_single_steps_compile(step):
     assert cpgemm.plan_gemm(8, 4096, 7168, epilogue=step).compile().report.wgmma
 
 
+HEAVY = """
+__device__ float helper(float x) { return tanhf(x); }
+__device__ float first(float x, int row, int column, Array<float> a) {
+    return helper(x * a[column]) * expf(x);
+}
+__device__ float second(float x, int row, int column) { return helper(x) - row; }
+"""
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "epilogue",
+    [
+        GELU() | Bias(_LINE[None]) | SwiGLU(),
+        Custom(HEAVY, _LINE, function="first") | GELU() | Scale(2),
+        Custom(HEAVY, function="second") | Custom(HEAVY, _LINE, function="first") | Quantize(),
+        GELU() | SiLU() | Bias(_HALF) | Bias(_LINE[None]) | GELU("tanh") | Quantize("pow2"),
+    ],
+    ids=repr,
+)
+def test_long_chains_do_not_spill(epilogue):
+    """On the tiles with most accumulators; steps whose instructions were mixed did spill."""
+    spec = epilogue.spec("codes" if "Quantize" in repr(epilogue) else "float32")
+    tall = [
+        config
+        for config in fused_configurations(spec)
+        if config.block_m * config.block_n // config.consumers >= 8192 * 3 // 2
+    ]
+    assert tall
+    for config in tall[:4]:
+        assert compile_kernel(gemm_source(config, spec)).report.local_bytes == 0
+
+
+@needs_nvrtc
+def test_a_users_file_may_be_used_twice():
+    """Its text stands in the kernel once, whichever of its functions are called, and how often."""
+    first, second = Custom(HEAVY, _LINE, function="first"), Custom(HEAVY, function="second")
+    plan = cpgemm.plan_gemm(64, 256, 256, epilogue=first | second | SiLU() | first)
+    assert plan.source.text.count("float helper(float x)") == 1
+    assert plan.source.text.count("\n#line ") == 2
+    assert plan.compile().report.wgmma
+
+
 def test_families():
     """Few rows go to split kernels; what quantises to consumers with whole blocks of columns."""
     both = SwiGLU() | Quantize()
