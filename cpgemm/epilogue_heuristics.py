@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cpgemm.config import GroupedKernelConfig, KernelConfig, SplitKernelConfig
+from cpgemm.cost_model import Machine
 from cpgemm.epilogue_spec import EpilogueSpec
 from cpgemm.grouped_heuristics import adaptive_configuration, choose_grouped, grouped_configurations
 from cpgemm.grouped_problem import GroupedProblem
-from cpgemm.heuristics import Machine, Tile, configurations, deepest, fastest
+from cpgemm.heuristics import Tile, configurations, deepest, fastest
 from cpgemm.problem import GemmProblem, OutDtype
 from cpgemm.tuned import choose
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from cpgemm.calls import ReadyCalls, signature, working_framework
 from cpgemm.compiler import CompiledKernel, compile_kernel
+from cpgemm.cost_model import Machine
 from cpgemm.dlpack import Framework, as_framework, as_native, empty, framework_of
 from cpgemm.epilogue_heuristics import choose_fused_grouped, fused_configurations
 from cpgemm.epilogue_spec import Output
@@ -22,7 +23,6 @@ from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.fused_result import FusedResult, empty_result
 from cpgemm.grouped_problem import GroupedProblem
 from cpgemm.grouped_reference import row_ranges
-from cpgemm.heuristics import Machine
 from cpgemm.kernels import gemm_source
 from cpgemm.launch import PreparedLaunch
 from cpgemm.problem import (

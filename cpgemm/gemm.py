@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from cpgemm.calls import ReadyCalls, signature, working_framework
+from cpgemm.cost_model import Machine
 from cpgemm.dlpack import as_framework, as_native, empty
 from cpgemm.epilogue_heuristics import choose_kernel
 from cpgemm.fused import fused_gemm
-from cpgemm.heuristics import Machine
 from cpgemm.launch import PreparedLaunch
 from cpgemm.plan import cached_plan, call_key, fused_plan
 from cpgemm.problem import (

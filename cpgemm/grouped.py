@@ -18,6 +18,7 @@ from cpgemm import env, settings
 from cpgemm.calls import ReadyCalls, signature, working_framework
 from cpgemm.compiler import load_kernel
 from cpgemm.config import AdaptiveKernelConfig, GroupedKernelConfig
+from cpgemm.cost_model import Machine
 from cpgemm.dlpack import Framework, as_framework, as_native, empty
 from cpgemm.epilogue_spec import EpilogueSpec
 from cpgemm.errors import reject
@@ -26,7 +27,6 @@ from cpgemm.group_index import GROUP_LAYOUTS, index_name, select_layout
 from cpgemm.grouped_heuristics import choose_grouped
 from cpgemm.grouped_problem import GroupedProblem, check_expected_m, contiguous_alignment
 from cpgemm.grouped_reference import grouped_reference
-from cpgemm.heuristics import Machine
 from cpgemm.kernels import gemm_source
 from cpgemm.launch import PreparedLaunch
 from cpgemm.problem import OUT_DTYPES, infer_out_dtype

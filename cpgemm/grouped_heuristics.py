@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 
 from cpgemm.config import AdaptiveKernelConfig, GroupedKernelConfig
+from cpgemm.cost_model import H200, Machine
 from cpgemm.grouped_problem import GroupedProblem
-from cpgemm.heuristics import H200, Machine, Tile, deepest
+from cpgemm.heuristics import Tile, deepest
 from cpgemm.problem import OutDtype
 
 __all__ = ["adaptive_configuration", "choose_grouped", "grouped_configurations"]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpgemm.heuristics import Machine
+from cpgemm.cost_model import Machine
 from cpgemm.problem import GemmProblem, OutDtype
 from cpgemm.trials import Contest, Trials, contest, short_name
 

@@ -15,12 +15,13 @@ from cpgemm import settings
 from cpgemm.calls import ReadyCalls, signature, working_framework
 from cpgemm.compiler import CompiledKernel, compile_kernel, load_kernel
 from cpgemm.config import KernelConfig, SplitKernelConfig
+from cpgemm.cost_model import H200, Machine
 from cpgemm.dlpack import Framework, as_native
 from cpgemm.epilogue_heuristics import choose_kernel, why_not
 from cpgemm.epilogue_spec import EpilogueSpec
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.fused import output_of, require_epilogue
-from cpgemm.heuristics import H200, Explanation, Machine
+from cpgemm.heuristics import Explanation
 from cpgemm.kernel_view import Kernel
 from cpgemm.kernels import gemm_source
 from cpgemm.launch import PreparedLaunch

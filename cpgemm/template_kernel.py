@@ -14,9 +14,9 @@ import numpy as np
 from cpgemm.calls import working_framework
 from cpgemm.compiler import load_kernel, require_cupy
 from cpgemm.config import GroupedKernelConfig, KernelConfig
+from cpgemm.cost_model import Machine
 from cpgemm.dlpack import as_native, empty
 from cpgemm.errors import ArgumentTypeError, DeviceError, WrongResultError, reject
-from cpgemm.heuristics import Machine
 from cpgemm.kernel_check import CheckResult, compare, on_host, seeded_operands
 from cpgemm.kernel_view import Kernel
 from cpgemm.launch import PreparedLaunch

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from cpgemm import env, gemm, grouped_gemm_contiguous, grouped_gemm_masked
 from cpgemm.calls import ReadyCalls, signature
+from cpgemm.cost_model import Machine
 from cpgemm.dlpack import as_native
 from cpgemm.errors import CpgemmError
 from cpgemm.group_index import GroupLayout, index_name, select_layout
 from cpgemm.grouped import prepare_grouped
 from cpgemm.grouped_heuristics import choose_grouped
 from cpgemm.grouped_problem import GroupedProblem
-from cpgemm.heuristics import Machine
 from cpgemm.launch import PreparedLaunch
 from cpgemm.layout import BLOCK, Granularity, pointer
 from cpgemm.plan import plan_gemm

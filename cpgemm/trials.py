@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cpgemm.config import KernelConfig
+from cpgemm.cost_model import Machine, predict
 from cpgemm.errors import CompileError, DeviceError, reject
-from cpgemm.heuristics import Machine, configurations, explain, predict
+from cpgemm.heuristics import configurations, explain
 from cpgemm.plan import GemmPlan
 from cpgemm.problem import OUT_DTYPES, GemmProblem
 from cpgemm.timing import Timing, time_interleaved

@@ -37,8 +37,9 @@ from typing import Any
 
 from cpgemm import env, heuristics, settings
 from cpgemm.config import KernelConfig, SplitKernelConfig
+from cpgemm.cost_model import H200, Candidate, Machine, predict
 from cpgemm.errors import ArgumentError
-from cpgemm.heuristics import H200, Candidate, Explanation, Machine, configurations, predict
+from cpgemm.heuristics import Explanation, configurations
 from cpgemm.problem import OUT_DTYPES, GemmProblem, OutDtype
 
 __all__ = [

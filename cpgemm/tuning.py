@@ -15,8 +15,8 @@ from pathlib import Path
 
 from cpgemm import settings
 from cpgemm.console import counted, print_table, progress, table_text
+from cpgemm.cost_model import Machine
 from cpgemm.errors import DeviceError, reject
-from cpgemm.heuristics import Machine
 from cpgemm.locking import locked, write_atomically
 from cpgemm.machine import why_no_hopper
 from cpgemm.plan import current_machine

@@ -23,9 +23,9 @@ API = ROOT / "docs" / "api"
 # Documented beside what `__all__` holds: what public functions return, and what pages call.
 ALSO = {
     "cpgemm.checkpoint.load_array",
-    "cpgemm.heuristics.Candidate",
+    "cpgemm.cost_model.Candidate",
     "cpgemm.heuristics.Explanation",
-    "cpgemm.heuristics.Machine",
+    "cpgemm.cost_model.Machine",
     "cpgemm.reference.exact_product",
     "cpgemm.reference.gemm_reference",
     "cpgemm.render.KernelSource",

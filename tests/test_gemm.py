@@ -8,8 +8,9 @@ from gemm_checks import assert_close, assert_guards_intact, guarded, operands, t
 import cpgemm
 from cpgemm import settings
 from cpgemm.config import SplitKernelConfig
+from cpgemm.cost_model import H200
 from cpgemm.errors import ArgumentError, ArgumentTypeError
-from cpgemm.heuristics import H200, configurations
+from cpgemm.heuristics import configurations
 from cpgemm.plan import GemmPlan, plan_gemm
 from cpgemm.problem import OUT_DTYPES, GemmProblem
 from cpgemm.scaled import ScaledTensor

@@ -3,9 +3,9 @@
 import pytest
 
 from cpgemm.config import AdaptiveKernelConfig
+from cpgemm.cost_model import H200
 from cpgemm.grouped_heuristics import choose_grouped, grouped_configurations
 from cpgemm.grouped_problem import GroupedProblem
-from cpgemm.heuristics import H200
 
 DECODE = (
     # groups, N, K, width of the flat tiles that was faster on an H200 (docs/performance.md)

@@ -7,8 +7,9 @@ from gemm_checks import DENSE_SHAPES
 
 import cpgemm
 from cpgemm.config import SplitKernelConfig
+from cpgemm.cost_model import H200, Machine
 from cpgemm.errors import ArgumentError
-from cpgemm.heuristics import H200, Machine, choose, configurations, explain
+from cpgemm.heuristics import choose, configurations, explain
 from cpgemm.problem import GemmProblem
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from fake_trials import FakeTrials
 
-from cpgemm.heuristics import H200, choose, configurations, predict
+from cpgemm.cost_model import H200, predict
+from cpgemm.heuristics import choose, configurations
 from cpgemm.model_check import ModelCheck, check_model, random_problems
 from cpgemm.problem import GemmProblem
 

@@ -19,8 +19,9 @@ from picture_checks import boxes, drawn_texts, overlap
 import cpgemm
 from cpgemm import pictures
 from cpgemm.config import KernelConfig
+from cpgemm.cost_model import H200, predict, tile_times
 from cpgemm.errors import ArgumentError, ArgumentTypeError, MissingDependencyError
-from cpgemm.heuristics import H200, configurations, predict, tile_times
+from cpgemm.heuristics import configurations
 from cpgemm.pictures import error as error_picture
 from cpgemm.pictures.error import measured
 from cpgemm.pictures.schedule import grid, places

@@ -3,7 +3,8 @@
 import pytest
 
 from cpgemm import settings
-from cpgemm.heuristics import H200, choose
+from cpgemm.cost_model import H200
+from cpgemm.heuristics import choose
 from cpgemm.problem import GemmProblem
 
 

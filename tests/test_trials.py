@@ -12,8 +12,9 @@ import pytest
 from bench_fakes import Gpu
 from fake_trials import FakeTrials
 
+from cpgemm.cost_model import H200, predict
 from cpgemm.errors import DeviceError
-from cpgemm.heuristics import H200, choose, configurations, explain, predict
+from cpgemm.heuristics import choose, configurations, explain
 from cpgemm.plan import GemmPlan
 from cpgemm.problem import GemmProblem
 from cpgemm.reference import gemm_reference

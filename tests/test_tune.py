@@ -18,8 +18,8 @@ from tiny_kernels import ROOT, run_cli
 import cpgemm
 from cpgemm import heuristics, settings, tune_cli, tuned, tuning
 from cpgemm.__main__ import _parser, main
+from cpgemm.cost_model import H200
 from cpgemm.errors import ArgumentError, DeviceError
-from cpgemm.heuristics import H200
 from cpgemm.problem import GemmProblem
 from cpgemm.trials import candidates
 from cpgemm.tune_cli import _problems
@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_timed(tmp_path
 _WRITER = """
 import sys
 from pathlib import Path
-from cpgemm.heuristics import H200
+from cpgemm.cost_model import H200
 from cpgemm.tuning import save
 from test_tuned import made
 path, first = Path(sys.argv[1]), int(sys.argv[2])

@@ -14,7 +14,8 @@ import pytest
 
 import cpgemm
 from cpgemm import heuristics, settings, tuned
-from cpgemm.heuristics import H200, Machine, configurations
+from cpgemm.cost_model import H200, Machine
+from cpgemm.heuristics import configurations
 from cpgemm.problem import GemmProblem
 from cpgemm.tuned import TunedChoice, UnusableFile, digest, lookup, path_for, read_file, text_of
 
@@ -149,11 +150,11 @@ def test_explanations_say_so(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_a_choice_that_the_model_would_not_consider() -> None:
-    outside = next(c for c in configurations("bfloat16") if c.block_m == 256)
-    assert outside not in {c.config for c in heuristics.explain(64, 2112, 7168).candidates}
-    write(dataclasses.replace(made(64), kernel=outside.name))
-    assert cpgemm.explain(64, 2112, 7168).choice.config == outside
-    assert cpgemm.plan_gemm(64, 2112, 7168).config == outside
+    outside = next(c for c in configurations("bfloat16") if c.cluster == 4)
+    assert outside not in {c.config for c in heuristics.explain(512, 2112, 7168).candidates}
+    write(dataclasses.replace(made(512), kernel=outside.name))
+    assert cpgemm.explain(512, 2112, 7168).choice.config == outside
+    assert cpgemm.plan_gemm(512, 2112, 7168).config == outside
 
 
 def test_no_file_costs_one_look(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cpgemm.bench.ratios import base_name, counterpart, floor_of, speedup
 from cpgemm.bench.result import Case, Report, Row
-from cpgemm.heuristics import H200
+from cpgemm.cost_model import H200
 from cpgemm.plot_style import bar_place
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 from cpgemm import settings
+from cpgemm.cost_model import H200
 from cpgemm.errors import ArgumentTypeError, reject
-from cpgemm.heuristics import H200
 
 __all__ = [
     "get_compile_mode",

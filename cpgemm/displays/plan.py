@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cpgemm.cost_model import Candidate, predict
 from cpgemm.displays.config import config_facts, tile_drawing
 from cpgemm.displays.html import BLUE, Markup, card, element, facts, folded, note, svg, table
-from cpgemm.heuristics import Candidate, Explanation, predict
+from cpgemm.heuristics import Explanation
 from cpgemm.tuned import TunedExplanation
 
 if TYPE_CHECKING:

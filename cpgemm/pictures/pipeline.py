@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cpgemm.config import SplitKernelConfig
-from cpgemm.heuristics import predict, tile_times
+from cpgemm.cost_model import predict, tile_times
 from cpgemm.pictures.timeline import Timeline, play
 from cpgemm.plot_style import Page, Theme, drawing, require_matplotlib, text_inches, theme_named
 

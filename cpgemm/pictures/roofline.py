@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from cpgemm.bench import plot_charts, plot_data
 from cpgemm.bench.plot_data import Point, Roofs
 from cpgemm.bench.result import Case, Report, Row
+from cpgemm.cost_model import predict
 from cpgemm.errors import ArgumentTypeError, reject
-from cpgemm.heuristics import predict
 from cpgemm.plan import GemmPlan
 from cpgemm.plot_style import drawing, require_matplotlib, theme_named
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpgemm.config import SplitKernelConfig
-from cpgemm.heuristics import predict
+from cpgemm.cost_model import predict
 from cpgemm.pictures.schedule import Place, grid, places
 from cpgemm.plot_style import Page, Theme, drawing, require_matplotlib, theme_named
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cpgemm.heuristics import TileTimes
+from cpgemm.cost_model import TileTimes
 
 __all__ = ["Span", "Timeline", "play"]
 
