@@ -97,10 +97,16 @@ def _room(a: Any, b: Any, c: Any) -> Any:
 
 
 def ready_gemm(
-    a: ScaledTensor, b: ScaledTensor, out: Any, c: Any, *, static_b: bool = False
+    a: ScaledTensor,
+    b: ScaledTensor,
+    out: Any,
+    c: Any,
+    *,
+    deterministic: Deterministic = True,
+    static_b: bool = False,
 ) -> PreparedLaunch | None:
     """The launch of an earlier ``gemm`` on these very operands, if it is still known."""
-    return _ready.get(call_key(a, b, out, c, static_b=static_b))
+    return _ready.get(call_key(a, b, out, c, deterministic, static_b))
 
 
 def _checked(

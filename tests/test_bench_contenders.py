@@ -14,22 +14,22 @@ from cpgemm.bench.result import Case
 def test_names_in_the_order_of_the_rows() -> None:
     assert selected((False, True)) == NAMES
     assert selected((False,)) == (
-        "cpgemm", "cublaslt block", "cublaslt tensor", "deep_gemm", "cutlass", "memory floor",
-        "compute floor",
+        "cpgemm", "batch invariant", "cublaslt block", "cublaslt tensor", "deep_gemm", "cutlass",
+        "memory floor", "compute floor",
     )  # fmt: skip
 
 
 def test_with_dependent_launch_only_what_has_no_such_variant_stays() -> None:
     assert selected((True,)) == (
-        "cpgemm pdl", "cublaslt block", "cublaslt tensor", "deep_gemm pdl", "cutlass",
-        "memory floor pdl", "compute floor",
+        "cpgemm pdl", "batch invariant", "cublaslt block", "cublaslt tensor", "deep_gemm pdl",
+        "cutlass", "memory floor pdl", "compute floor",
     )  # fmt: skip
 
 
 def test_peers_are_chosen_by_names_without_pdl() -> None:
     assert selected((False, True), peers=("deep_gemm",)) == (
-        "cpgemm", "cpgemm pdl", "deep_gemm", "deep_gemm pdl", "memory floor", "memory floor pdl",
-        "compute floor",
+        "cpgemm", "cpgemm pdl", "batch invariant", "deep_gemm", "deep_gemm pdl", "memory floor",
+        "memory floor pdl", "compute floor",
     )  # fmt: skip
     assert not any(role_of(name) == "peer" for name in selected((False, True), peers=()))
     assert selected((False, True), contenders=["cutlass", "cpgemm"]) == ("cpgemm", "cutlass")
@@ -38,7 +38,7 @@ def test_peers_are_chosen_by_names_without_pdl() -> None:
 def test_roles() -> None:
     roles = {name: role_of(name) for name in NAMES}
     assert roles["cpgemm pdl"] == "ours" and roles["deep_gemm pdl"] == roles["cutlass"] == "peer"
-    assert roles["memory floor pdl"] == "memory floor"
+    assert roles["memory floor pdl"] == "memory floor" and roles["batch invariant"] == "variant"
     assert roles["compute floor"] == "compute floor"
     assert Contender("cpgemm pdl", []).pdl and not Contender("cpgemm", []).pdl
 

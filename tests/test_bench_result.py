@@ -130,7 +130,7 @@ def _record(**changes: Any) -> dict[str, Any]:
         ({"us": True}, r"rows\[0\]\.us: must be a number above 0"),
         ({"us": 11.0}, r"rows\[0\]\.us: must be the median of windows_us, 10; got 11"),
         ({"status": "fine"}, r"rows\[0\]\.status: must be one of ok, wrong, absent, failed"),
-        ({"role": "mine"}, r"rows\[0\]\.role: must be one of ours, peer"),
+        ({"role": "mine"}, r"rows\[0\]\.role: must be one of ours, variant, peer"),
         ({"status": "failed"}, r"rows\[0\]\.us: must be null where status is 'failed'"),
         ({"status": "failed", "us": None}, r"rows\[0\]: must hold no time where status"),
         ({"windows_us": [10.0, -1.0]}, r"rows\[0\]\.windows_us\[1\]: must be a number above 0"),

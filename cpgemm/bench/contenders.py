@@ -15,14 +15,25 @@ from cpgemm import settings
 from cpgemm.bench import floors
 from cpgemm.bench.operands import Operands, Product
 from cpgemm.bench.result import Role
+from cpgemm.problem import Deterministic
 
-__all__ = ["NAMES", "Absent", "Contender", "floor", "ours", "pdl_setting", "role_of", "selected"]
+__all__ = [
+    "NAMES",
+    "Absent",
+    "Contender",
+    "floor",
+    "invariant",
+    "ours",
+    "pdl_setting",
+    "role_of",
+    "selected",
+]
 
 Call = Callable[[], object]
 
 NAMES = (
-    "cpgemm", "cpgemm pdl", "cublaslt block", "cublaslt tensor", "deep_gemm", "deep_gemm pdl",
-    "cutlass", "memory floor", "memory floor pdl", "compute floor",
+    "cpgemm", "cpgemm pdl", "batch invariant", "cublaslt block", "cublaslt tensor", "deep_gemm",
+    "deep_gemm pdl", "cutlass", "memory floor", "memory floor pdl", "compute floor",
 )  # fmt: skip
 """Every contender, in the order of the rows of a case."""
 
@@ -58,6 +69,8 @@ def role_of(name: str) -> Role:
         return "memory floor"
     if base == "compute floor":
         return "compute floor"
+    if base == "batch invariant":
+        return "variant"
     return "ours" if base == "cpgemm" else "peer"
 
 
@@ -106,6 +119,28 @@ def ours(name: str, product: Product) -> Contender:
     with pdl_setting(pdl):
         launches = [_launch(product, one, pdl) for one in product.sets]
     return Contender(name, launches, kernel=launches[0].kernel.compiled.source.name)
+
+
+def invariant(name: str, product: Product) -> Contender:
+    """cpgemm's batch-invariant product, where it takes another kernel than ``cpgemm``."""
+    import cpgemm
+    from cpgemm.gemm import ready_gemm
+
+    case = product.case
+    if case.suite != "dense":
+        raise Absent("grouped products are batch-invariant as they are")
+    option: Deterministic = "batch_invariant"
+    plans = [
+        cpgemm.plan_gemm(case.m, case.n, case.k, deterministic=deterministic)
+        for deterministic in (True, option)
+    ]
+    if plans[0].config == plans[1].config:
+        raise Absent("the kernel of this case is batch-invariant as it is")
+    launches: list[Any] = []
+    for one in product.sets:
+        cpgemm.gemm(one.a, one.b, one.out, deterministic=option)
+        launches.append(ready_gemm(one.a, one.b, one.out, None, deterministic=option))
+    return Contender(name, launches, kernel=plans[1].config.name)
 
 
 def _launch(product: Product, one: Operands, static_b: bool) -> Any:

@@ -28,8 +28,9 @@ def base_name(row: Row) -> str:
 
 
 def peers_of(report: Report) -> list[str]:
-    """Base names of all peers, in the order of their first rows."""
-    return list(dict.fromkeys(base_name(row) for row in report.rows if row.role == "peer"))
+    """Base names of all peers and variants, in the order of their first rows."""
+    rows = (row for row in report.rows if row.role in ("variant", "peer"))
+    return list(dict.fromkeys(map(base_name, rows)))
 
 
 def counterpart(rows: Sequence[Row], base: str, pdl: bool) -> Row | None:

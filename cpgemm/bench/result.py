@@ -39,7 +39,7 @@ SCHEMA_VERSION = 1
 # ok: timed and checked; wrong: output off by more than rounding allows, hence no time;
 # absent: the contender is not installed or does not take this case; failed: it raised.
 Status = Literal["ok", "wrong", "absent", "failed"]
-Role = Literal["ours", "peer", "memory floor", "compute floor"]
+Role = Literal["ours", "variant", "peer", "memory floor", "compute floor"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Row:
     status is ok.  ``spread_pct``: (max - min) / median of the windows.  ``kernel_us``: the kernel
     alone, where CUPTI is there.  ``bytes``: what must move at least (operands, scales, result).
     ``clock_mhz`` and ``power_w``: means while the row was timed.  ``error``: relative 2-norm error
-    of the checked output.  ``role``: ours, peer, memory floor or compute floor.
+    of the checked output.  ``role``: ours, variant (ours under another promise), peer, memory floor
+    or compute floor.
     """
 
     case: Case

@@ -103,6 +103,7 @@ def _product_rows(session: Session, builder: Builder, case: Case) -> list[Row]:
         name: functools.partial(make, name, product)
         for make, named in (
             (contending.ours, ("cpgemm", "cpgemm pdl")),
+            (contending.invariant, ("batch invariant",)),
             (cublaslt, ("cublaslt block", "cublaslt tensor")),
             (deep_gemm, ("deep_gemm", "deep_gemm pdl")),
             (contending.floor, ("memory floor", "memory floor pdl", "compute floor")),
