@@ -257,12 +257,13 @@ def _nvrtc_ptx(text: str, name: str, options: Sequence[str]) -> tuple[str | None
         encoded = [option.encode() for option in options]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        log = b" " * size
+        # Written in place: bytes would do that to the interpreter's one b" " where the size is 1.
+        log = bytearray(size)
         nvrtc.nvrtcGetProgramLog(program, log)
         ptx = None
         if status == nvrtc.nvrtcResult.NVRTC_SUCCESS:
             _, size = nvrtc.nvrtcGetPTXSize(program)
-            ptx = b" " * size
+            ptx = bytearray(size)
             nvrtc.nvrtcGetPTX(program, ptx)
         nvrtc.nvrtcDestroyProgram(program)
     except RuntimeError as error:  # The library is not there: cuda.pathfinder says where it looked.
