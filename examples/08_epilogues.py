@@ -83,8 +83,8 @@ class Set:
 
         self.a = cpgemm.quantize(_normal(rng, m, k))
         w = _normal(rng, n, k) / np.float32(np.sqrt(k))
-        # Scales that are powers of two round a weight alike in whichever block it lies, so that both
-        # orders of the columns multiply the same numbers.
+        # Scales that are powers of two round a weight alike in whichever block it lies: both orders
+        # of the columns multiply the same numbers.
         self.b = cpgemm.quantize(w, (128, 128), scale_format="pow2")
         self.d = cupy.empty((m, n), np.uint16).view(BF16)
         self.bias = _normal(rng, 1, n)[0]

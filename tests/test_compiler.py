@@ -382,4 +382,4 @@ def test_loading_without_a_gpu_says_so() -> None:
 def test_nvrtc_writes_into_no_object_of_the_interpreter() -> None:
     """An empty log has one byte, and b" " * 1 is the one b" " that all of Python shares."""
     Nvrtc().ptx(fresh_copy("an empty log"), "sm_90a")
-    assert " ".encode()[0] == 32 and bytes([32])[0] == 32
+    assert b" "[0] == 32 and bytes([32])[0] == 32
