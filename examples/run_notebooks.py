@@ -4,9 +4,9 @@
     python examples/run_notebooks.py --out DIR           # into another folder
     python examples/run_notebooks.py --only 1 3          # by number
 
-A cell that fails does not end its notebook, nor a notebook the run: errors are listed at the end, and
-the exit code is 1.  Needs nbclient and ipykernel beside what the notebooks need (extra ``examples``).
-What a run leaves in the files is as equal from run to run as its outputs are: no times, no widgets.
+A cell that fails does not end its notebook, nor a notebook the run: errors are listed at the end,
+and the exit code is 1.  What it needs is the extra ``examples``.  Files differ from run to run no
+more than their outputs do: times of execution and the like are not kept.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def paths(numbers: Sequence[int] = ()) -> list[Path]:
 def execute(path: Path, *, timeout: int = 300) -> Any:
     """The notebook at ``path`` after a run from top to bottom, in its own folder.
 
-    Cells that raise hold their error as an output, those behind them run all the same.  A cell that
-    takes more than ``timeout`` seconds, or a dead kernel, ends the notebook: its last output says so.
+    Cells that raise hold their error as an output, those behind them run all the same.  A cell
+    that takes more than ``timeout`` seconds, or a dead kernel, ends the notebook: its last output
+    says so.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -92,11 +93,10 @@ def tidy(book: Any) -> None:
             if "metadata" in output:
                 output.metadata = {}
             previous = kept[-1] if kept else None
-            if output.output_type == "stream" and previous is not None:
-                if previous.output_type == "stream" and previous.name == output.name:
-                    previous.text += output.text
-                    continue
-            kept.append(output)
+            if output.output_type == "stream" and _same_stream(previous, output):
+                previous.text += output.text
+            else:
+                kept.append(output)
         for output in kept:
             if output.output_type == "error":
                 colours = re.compile(r"\x1b\[[0-9;]*m")
@@ -109,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import nbformat
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: in place)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to write (default: in place)"
+    )
     parser.add_argument("--only", type=int, nargs="+", default=(), metavar="N", help="numbers")
     parser.add_argument("--timeout", type=int, default=300, metavar="S", help="seconds of a cell")
     chosen = parser.parse_args(arguments)
@@ -138,6 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults += found
     print("\n".join(faults))
     return 1 if faults else 0
+
+
+def _same_stream(previous: Any, output: Any) -> bool:
+    return (
+        previous is not None and previous.output_type == "stream" and previous.name == output.name
+    )
 
 
 def _begun(cell: Any) -> bool:

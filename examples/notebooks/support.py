@@ -58,7 +58,7 @@ def _gpu(line: str, cell: str) -> None:
 
 
 def _needs(line: str, cell: str) -> None:
-    """Run the cell where the packages named in ``line`` are installed, or say that it is skipped."""
+    """Run the cell where the packages named in ``line`` are, or say that it is skipped."""
     lacking = [name for name in line.split() if importlib.util.find_spec(name) is None]
     _run_unless(f"{', '.join(lacking)} is not installed" if lacking else None, cell)
 
