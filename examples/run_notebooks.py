@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ def paths(numbers: Sequence[int] = ()) -> list[Path]:
     return [path for path in found if not numbers or int(path.name[:2]) in numbers]
 
 
-def execute(path: Path, *, timeout: int = 300) -> Any:
-    """The notebook at ``path`` after a run from top to bottom, in its own folder.
+def execute(path: Path, *, timeout: int = 300, env: Mapping[str, str] | None = None) -> Any:
+    """The notebook at ``path`` after a run from top to bottom, in the folder of the notebooks.
+
+    ``env``: variables of the kernel's process, besides those of this one.
 
     Cells that raise hold their error as an output, those behind them run all the same.  A cell
     that takes more than ``timeout`` seconds, or a dead kernel, ends the notebook: its last output
@@ -49,16 +51,15 @@ def execute(path: Path, *, timeout: int = 300) -> Any:
         book, timeout=timeout, kernel_name="python3", allow_errors=True, record_timing=False,
         resources={"metadata": {"path": str(NOTEBOOKS)}},
     )  # fmt: skip
-    known = os.environ.get("PYTHONPATH")
+    environment = {**os.environ, **(env or {})}
+    found = filter(None, (str(ROOT), environment.get("PYTHONPATH")))
     try:
-        client.execute(
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), known)))}
-        )
+        client.execute(env={**environment, "PYTHONPATH": os.pathsep.join(found)})
     except (CellTimeoutError, DeadKernelError) as error:
         name = type(error).__name__
-        reached = next(cell for cell in reversed(code_cells(book)) if _begun(cell))
+        begun = [cell for cell in code_cells(book) if _begun(cell)] or code_cells(book)[:1]
         text = str(error).partition("\n")[0]
-        reached.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=text))
+        begun[-1].outputs.append(nbformat.v4.new_output("error", ename=name, evalue=text))
     tidy(book)
     return book
 

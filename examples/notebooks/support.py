@@ -59,8 +59,15 @@ def _gpu(line: str, cell: str) -> None:
 
 def _needs(line: str, cell: str) -> None:
     """Run the cell where the packages named in ``line`` are, or say that it is skipped."""
-    lacking = [name for name in line.split() if importlib.util.find_spec(name) is None]
+    lacking = [name for name in line.split() if _absent(name)]
     _run_unless(f"{', '.join(lacking)} is not installed" if lacking else None, cell)
+
+
+def _absent(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:  # the package around it is not there either
+        return True
 
 
 def _run_unless(lacking: str | None, cell: str) -> None:
