@@ -1,6 +1,6 @@
 """Launches the GEMM kernels once each on small sizes with tails, for compute-sanitizer.
 
-    compute-sanitizer --report-api-errors no --tool racecheck python tests/sanitize.py
+    compute-sanitizer --report-api-errors no --tool racecheck python tests/sanitize.py [dense ...]
 
 Dense kernels add C, grouped ones have empty groups and zero the padding.  Of the dense float32
 kernels those of tiles from 128 x 128 up are taken: the others differ from their bfloat16 twins in
@@ -19,12 +19,15 @@ import numpy as np
 from gemm_checks import operands
 
 import cpgemm
+from cpgemm import epilogues as e
+from cpgemm import settings
 from cpgemm.config import AdaptiveKernelConfig
 from cpgemm.grouped import FLAT, TALL, prepare_grouped
 from cpgemm.grouped_heuristics import grouped_configurations
 from cpgemm.grouped_problem import GroupedProblem
 from cpgemm.heuristics import configurations
 from cpgemm.problem import OUT_DTYPES, OutDtype
+from cpgemm.scaled import ScaledTensor
 
 
 def zeros(rows: int, columns: int, out_dtype: OutDtype):
@@ -41,8 +44,12 @@ def dense(rng: np.random.Generator, out_dtype: OutDtype) -> int:
         a, b = operands(rng, m, n, k, cp)
         plan = cpgemm.plan_gemm(m, n, k, out_dtype=out_dtype, accumulate=True, config=config)
         plan(a, b, zeros(m, n, out_dtype), zeros(m, n, out_dtype))
+        settings.set_pdl(True)
+        early = cpgemm.plan_gemm(m, n, k, out_dtype=out_dtype, config=config, static_b=True)
+        early(a, b, zeros(m, n, out_dtype))
+        settings.set_pdl(None)
         cp.cuda.Device().synchronize()
-        launches += 1
+        launches += 2
     return launches
 
 
@@ -67,6 +74,31 @@ def grouped(rng: np.random.Generator, out_dtype: OutDtype) -> int:
     return launches
 
 
+def fused(rng: np.random.Generator, out_dtype: OutDtype) -> int:
+    """Products with epilogues, for few rows and for many, dense and grouped."""
+    n, k, launches = 512, 272, 0
+    bias = cp.asarray(rng.standard_normal(n, dtype=np.float32))
+    steps = [e.Bias(bias) | e.SiLU(), e.GELU() | e.Scale(2.0), e.SwiGLU()]
+    if out_dtype == "bfloat16":
+        steps += [e.Quantize(), e.SwiGLU() | e.Quantize("pow2")]
+    for m in (70, 300):
+        a, b = operands(rng, m, n, k, cp)
+        groups = ScaledTensor.from_arrays(b.data[None], b.scales[None], b.granularity)
+        offsets = cp.asarray([0, m - 5], np.int32)
+        for step in steps:
+            ends_in_codes = "Quantize" in repr(step)
+            dtype = None if ends_in_codes else out_dtype
+            cpgemm.gemm(a, b, out_dtype=dtype, epilogue=step)
+            cpgemm.grouped_gemm_contiguous(
+                a, groups, offsets=offsets, out_dtype=dtype, epilogue=step
+            )
+            cp.cuda.Device().synchronize()
+            launches += 2
+    return launches
+
+
 if __name__ == "__main__":
     rng = np.random.default_rng(1)
-    print(sum(run(rng, name) for run in (dense, grouped) for name in OUT_DTYPES), "launches")
+    runs = {"dense": dense, "grouped": grouped, "fused": fused}
+    chosen = sys.argv[1:] or list(runs)
+    print(sum(runs[run](rng, name) for run in chosen for name in OUT_DTYPES), "launches")

@@ -185,7 +185,7 @@ def test_the_comparison_says_what_it_lacks() -> None:
 
 @pytest.mark.skipif(ON_GPU, reason="this machine has what the benchmarks need")
 @pytest.mark.parametrize(
-    "name", ["04_grouped_benchmark.py", "05_quantizer_bandwidth.py", "08_epilogues.py"]
+    "name", ["04_grouped_benchmark.py", "05_quantizer_bandwidth.py", "07_epilogues.py"]
 )
 def test_benchmarks_say_what_they_lack(name: str) -> None:
     done = run_example(name)
