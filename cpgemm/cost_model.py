@@ -7,9 +7,10 @@ shared     bytes that wgmma reads (8 KiB of A and 128 * block_n bytes of B for e
            that TMA writes, at 128 bytes a clock; the larger of tensor and shared counts
 promotion  one FFMA per accumulator and k-block, weighted by what other consumers leave exposed
 chain      a consumer's own wgmma, wait and promotion for one k-block: a lower limit
-epilogue   per tile: a fixed part, and one for each element that is converted, staged and stored
+epilogue   per tile: a fixed part, and one for each element that is converted, staged and stored;
+           the last tile's overlaps nothing
 turns      tiles over multiprocessors, rounded up
-clock      falls from 1.9 to 1.65 GHz as the tensor rate nears 1200 TFLOPS: power
+clock      falls from 1.9 to 1.68 GHz as the tensor rate nears 1200 TFLOPS: power
 L2         bytes over bandwidth for all multiprocessors together, and those of one over its own port
 DRAM       bytes over bandwidth
 
@@ -19,9 +20,9 @@ Where the last turn leaves multiprocessors idle, the others cannot draw all of t
 The blocks of a split kernel run all at once: the chain of a block is that of its share of K, longer
 where two blocks share a multiprocessor, and summing over the cluster costs a fixed time.
 
-The parts overlap imperfectly: their 4.5-norm is taken, and launching added.  The weights are fitted
-to the timings of all kernels on 340 random shapes on one H200; docs/performance.md says how good
-the choices are.
+The parts overlap imperfectly: their norm of order 5 is taken, and launching added.  The weights are
+fitted to the timings of all kernels on 340 random shapes and on decode layers on one H200;
+docs/performance.md says how good the choices are.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ from cpgemm.problem import GemmProblem
 __all__ = ["H200", "Candidate", "Machine", "TileTimes", "predict", "suits", "tile_times"]
 
 # Fitted weights, in clocks at the unthrottled clock unless their name says otherwise.
-_BUSY = 0.61  # of the larger of tensor and shared: consumers overlap them with everything else
-_PROMOTION = {2: 2.37, 3: 2.06}  # per FFMA, by consumers
-_CHAIN = 315.0  # latency of one m64 wave: issue, wait, release ...
-_CHAIN_COLUMN = 1.9  # ... and per column of the tile: wgmma and promotion
-_EPILOGUE = 482.0
-_EPILOGUE_ELEMENT = {1: 0.0888, 2: 0.0888, 3: 0.0767}
-_FULL_GHZ, _FULL_TFLOPS = 1.648, 1200.0
-_LAUNCH_US = 1.98
-_TAIL = 0.445  # of idle places in the last turn, on the time that DRAM takes
-_SPLIT_CHAIN = 212.0  # per k-block of a split kernel's block ...
+_BUSY = {1: 0.70, 2: 0.70, 3: 0.606}  # of tensor and shared, by consumers: these overlap the rest
+_PROMOTION = 2.06  # per FFMA
+_CHAIN = 343.0  # latency of one m64 wave: issue, wait, release ...
+_CHAIN_COLUMN = {1: 1.77, 2: 1.61, 3: 1.61}  # ... and per column of the tile: wgmma and promotion
+_EPILOGUE = 219.0
+_EPILOGUE_ELEMENT = {1: 0.095, 2: 0.095, 3: 0.083}
+_FULL_GHZ, _FULL_TFLOPS = 1.68, 1200.0
+_LAUNCH_US = 2.0
+_TAIL = 0.395  # of idle places in the last turn, on the time that DRAM takes
+_SPLIT_CHAIN = 216.0  # per k-block of a split kernel's block ...
 _SPLIT_SHARED = 0.2  # ... and this part more for each further block of the multiprocessor
-_SPLIT_US = {2: 0.754, 4: 0.794}  # to exchange and add the sums
-_CLUSTER_US = 0.62  # pairs of blocks start together and end together
-_PORT_BYTES, _SPLIT_PORT_BYTES = 79.8, 37.3  # a clock, from L2 into one multiprocessor
-_STRADDLED_L2, _STRADDLED_PORT = 1.58, 1.38  # where rows are no multiples of 128 bytes
-_NORM = 4.5
+_SPLIT_US = {2: 0.88, 4: 0.96}  # to exchange and add the sums
+_CLUSTER_US = 0.67  # pairs of blocks start together and end together
+_PORT_BYTES, _SPLIT_PORT_BYTES = 77.3, 39.1  # a clock, from L2 into one multiprocessor
+_STRADDLED_L2, _STRADDLED_PORT = 1.59, 1.43  # where rows are no multiples of 128 bytes
+_NORM = 5.27
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ class Candidate:
 
     @property
     def launch_us(self) -> float:
-        """What the terms do not make up: launching, clusters, the exchange of split kernels."""
+        """What the terms do not make up: launching, clusters, the last tile's epilogue, the
+        exchange of split kernels.
+        """
         return self.predicted_us - _overlapped(self.compute_us, self.l2_us, self.dram_us)
 
     @property
@@ -138,15 +141,15 @@ def _shared_clocks(config: KernelConfig) -> float:
 
 
 def _busy_clocks(config: KernelConfig) -> float:
-    return _BUSY * max(_tensor_clocks(config), _shared_clocks(config))
+    return _BUSY[config.consumers] * max(_tensor_clocks(config), _shared_clocks(config))
 
 
 def _k_block_clocks(config: KernelConfig) -> float:
-    chain = config.waves * (_CHAIN + _CHAIN_COLUMN * config.wave_n)
+    chain = config.waves * (_CHAIN + _CHAIN_COLUMN[config.row_parts] * config.wave_n)
     if config.row_parts == 1:
         return max(_busy_clocks(config), chain)
     promotion = config.block_m / 64 * config.block_n / 2
-    return max(_busy_clocks(config) + _PROMOTION[config.consumers] * promotion, chain)
+    return max(_busy_clocks(config) + _PROMOTION * promotion, chain)
 
 
 def _split_k_block_clocks(config: SplitKernelConfig, tiles: int, machine: Machine) -> float:
@@ -220,7 +223,8 @@ def predict(problem: GemmProblem, config: KernelConfig, machine: Machine = H200)
         return _predict_split(problem, config, machine)
     tiles = config.tiles(problem)
     waves = _turns(config, tiles, machine)
-    clocks = waves * (problem.k_blocks * _k_block_clocks(config) + _epilogue_clocks(config))
+    epilogue = _epilogue_clocks(config)
+    clocks = waves * problem.k_blocks * _k_block_clocks(config) + (waves - 1) * epilogue
     cool_us = clocks / (machine.clock_ghz * 1e3)
     load = min(1.0, problem.flops / cool_us / 1e6 / _FULL_TFLOPS)
     compute_us = clocks / ((machine.clock_ghz - load * (machine.clock_ghz - _FULL_GHZ)) * 1e3)
@@ -234,6 +238,7 @@ def predict(problem: GemmProblem, config: KernelConfig, machine: Machine = H200)
     share = waves * config.blocks(machine.sms, machine.sms) / tiles
     dram_us = problem.bytes / (machine.dram_tbs * 1e6) * share**_TAIL
     launch_us = _LAUNCH_US + (_CLUSTER_US if config.cluster > 1 else 0.0)
+    launch_us += epilogue / (machine.clock_ghz * 1e3)
     predicted = launch_us + _overlapped(compute_us, l2_us, dram_us)
     return Candidate(config, predicted, waves, compute_us, l2_us, dram_us)
 
@@ -267,6 +272,6 @@ def tile_times(problem: GemmProblem, config: KernelConfig, machine: Machine) -> 
     else:
         k_blocks = problem.k_blocks
         step, epilogue = _k_block_clocks(config), _epilogue_clocks(config)
-        us = whole.compute_us / (whole.waves * (k_blocks * step + epilogue))
+        us = whole.compute_us / (whole.waves * (k_blocks * step + epilogue) - epilogue)
     load = max(whole.l2_us, whole.dram_us) / (whole.waves * k_blocks)
     return TileTimes(k_blocks, load, step * us, min(busy, step) * us, epilogue * us)
