@@ -2,7 +2,7 @@
 // values are changed in their registers, or stores of the epilogue's own.
 #pragma once
 
-#include "fused.cuh"
+#include "fused_output.cuh"
 #include "tile_store.cuh"
 
 template <class Tile, int kChunk, class Epilogue>
