@@ -123,6 +123,17 @@ def test_static_weights_are_part_of_a_plan():
     assert not plan_gemm(64, 7168, 2048).static_b
 
 
+def test_split_kernels_are_dependent_launches_with_static_weights_only():
+    split = plan_gemm(64, 2112, 7168)
+    assert isinstance(split.config, SplitKernelConfig) and not split.pdl
+    try:
+        settings.set_pdl(True)
+        assert not split.pdl and plan_gemm(64, 2112, 7168, static_b=True).pdl
+        assert plan_gemm(4096, 7168, 2048).pdl
+    finally:
+        settings.set_pdl(None)
+
+
 def test_plan_refuses_empty_sizes():
     with pytest.raises(ArgumentError, match="must not be 0"):
         cpgemm.plan_gemm(0, 128, 128)
