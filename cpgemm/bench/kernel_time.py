@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -108,10 +109,14 @@ def _with_torch(runs: Mapping[str, Call]) -> dict[str, list[float]]:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for name, run in runs.items():
-            with record_function(_RANGE + name):
-                run()
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with warnings.catch_warnings():
+        # It speaks of runs of several cycles; this is one.
+        warnings.filterwarnings("ignore", message=".*Profiler clears events")
+        with profile(activities=activities) as profiler:
+            for name, run in runs.items():
+                with record_function(_RANGE + name):
+                    run()
     events = list(profiler.events())
     spans = {
         event.name.removeprefix(_RANGE): (event.time_range.start, event.time_range.end)
