@@ -149,10 +149,12 @@ def _render(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     import cpgemm
+    from cpgemm.plan import current_machine
 
     text = cpgemm.explain(
-        args.m, args.n, args.k, out_dtype=args.out_dtype, accumulate=args.accumulate
-    )
+        args.m, args.n, args.k, out_dtype=args.out_dtype, accumulate=args.accumulate,
+        machine=current_machine(),
+    )  # fmt: skip
     print(text)
     return 0
 

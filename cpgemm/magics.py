@@ -93,6 +93,7 @@ class GemmMagics(Magics):
         shown, and may be kept: x = %gemm_explain 64 2112 7168.
         """
         from cpgemm.__main__ import add_explain_arguments
+        from cpgemm.plan import current_machine
         from cpgemm.tuned import explain
 
         parser = _Parser(prog="%gemm_explain", description="Which kernel a shape gets, and why.")
@@ -100,8 +101,9 @@ class GemmMagics(Magics):
         with contextlib.suppress(_Helped), _short_errors():
             args = parser.parse_args(_words(line))
             return explain(
-                args.m, args.n, args.k, out_dtype=args.out_dtype, accumulate=args.accumulate
-            )
+                args.m, args.n, args.k, out_dtype=args.out_dtype, accumulate=args.accumulate,
+                machine=current_machine(),
+            )  # fmt: skip
         return None
 
     @line_magic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -14,6 +15,7 @@ from tiny_kernels import LOCAL, WGMMA, fresh_copy, needs_nvrtc, run_cli, run_pyt
 
 import cpgemm
 from cpgemm.__main__ import main
+from cpgemm.cost_model import H200
 from cpgemm.doctor import Finding, verdict
 
 needs_kernels = pytest.mark.skipif(
@@ -131,10 +133,15 @@ def test_a_refused_kernel_fails_the_command(
 
 
 def test_explain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """For the GPU that is there, an H200 without one."""
+    here = dataclasses.replace(H200, name="here")
+
     def explain(m: int, n: int, k: int, **options: object) -> str:
+        assert options.pop("machine") is here
         return f"{m} {n} {k} {sorted(options.items())}"
 
     monkeypatch.setattr(cpgemm, "explain", explain, raising=False)
+    monkeypatch.setattr("cpgemm.plan.current_machine", lambda: here)
     assert main(["explain", "64", "4096", "7168", "--out-dtype", "float32", "--accumulate"]) == 0
     expected = "64 4096 7168 [('accumulate', True), ('out_dtype', 'float32')]\n"
     assert capsys.readouterr().out == expected
