@@ -156,6 +156,10 @@ def _split_k_block_clocks(config: SplitKernelConfig, tiles: int, machine: Machin
     return _SPLIT_CHAIN * (1 + _SPLIT_SHARED * (_blocks_of_one(config, tiles, machine) - 1))
 
 
+def _split_us(config: SplitKernelConfig) -> float:
+    return _SPLIT_US.get(config.splits, max(_SPLIT_US.values()))
+
+
 def _blocks_of_one(config: SplitKernelConfig, tiles: int, machine: Machine) -> int:
     """Blocks of a split kernel that the busiest multiprocessor holds."""
     return math.ceil(tiles * config.splits / machine.sms)
@@ -212,7 +216,7 @@ def _predict_split(problem: GemmProblem, config: SplitKernelConfig, machine: Mac
     )
     share = max(1.0, machine.sms / (tiles * config.splits))
     dram_us = problem.bytes / (machine.dram_tbs * 1e6) * share**_TAIL
-    launch_us = _LAUNCH_US + _SPLIT_US.get(config.splits, max(_SPLIT_US.values()))
+    launch_us = _LAUNCH_US + _split_us(config)
     predicted = launch_us + _overlapped(compute_us, l2_us, dram_us)
     return Candidate(config, predicted, 1, compute_us, l2_us, dram_us)
 
@@ -268,7 +272,7 @@ def tile_times(problem: GemmProblem, config: KernelConfig, machine: Machine) -> 
         k_blocks = -(-problem.k_blocks // config.splits)
         us = 1 / (machine.clock_ghz * 1e3)
         step = _split_k_block_clocks(config, config.tiles(problem), machine)
-        epilogue = _SPLIT_US[config.splits] / us
+        epilogue = _split_us(config) / us
     else:
         k_blocks = problem.k_blocks
         step, epilogue = _k_block_clocks(config), _epilogue_clocks(config)

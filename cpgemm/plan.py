@@ -213,12 +213,14 @@ def cached_plan(
     static_b: bool,
     epilogue: EpilogueSpec | None = None,
 ) -> GemmPlan:
+    """The one plan for these, which all threads and calls share."""
     return GemmPlan(problem, config, machine, static_b, epilogue=epilogue)
 
 
 def fused_plan(
     problem: GemmProblem, epilogue: EpilogueSpec, device: int, deterministic: Any, static_b: Any
 ) -> GemmPlan:
+    """The plan that ``gemm`` takes on CuPy's device number ``device``; options as it has them."""
     machine = Machine.of_device(device)
     config = choose_kernel(problem, machine, wants_unsplit(deterministic), epilogue)
     return cached_plan(problem, config, machine, bool(static_b), epilogue)

@@ -97,11 +97,6 @@ class TunedChoice:
         """The configuration of ``kernel``."""
         return _by_name(self.out_dtype)[self.kernel]
 
-    @property
-    def gain_pct(self) -> float:
-        """By how much the model's choice is slower, in per cent; infinite where it was wrong."""
-        return math.inf if self.model_us is None else 100 * (self.model_us / self.us - 1)
-
 
 @functools.lru_cache(maxsize=2)
 def _by_name(out_dtype: OutDtype) -> dict[str, KernelConfig]:

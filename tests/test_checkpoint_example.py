@@ -1,4 +1,4 @@
-"""examples/06_checkpoint_mlp.py with every library, and docs/checkpoints.md."""
+"""examples/04_checkpoint_mlp.py with every library, and docs/checkpoints.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from cpgemm import checkpoint, dlpack, machine
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "examples" / "06_checkpoint_mlp.py"
+EXAMPLE = ROOT / "examples" / "04_checkpoint_mlp.py"
 SMALL = ["--tokens=5", "--hidden=256", "--inner=128"]
 needs_safetensors = pytest.mark.skipif(
     importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed"

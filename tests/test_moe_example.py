@@ -1,4 +1,4 @@
-"""The layer of examples/03_moe_layer.py: against float64, and its layouts against each other."""
+"""The layer of examples/02_moe_layer.py: against float64, and its layouts against each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 import cpgemm
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "03_moe_layer.py"
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "02_moe_layer.py"
 LAYOUTS = ["offsets", "m_indices", "ends"]
 
 

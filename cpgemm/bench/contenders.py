@@ -124,7 +124,6 @@ def ours(name: str, product: Product) -> Contender:
 def invariant(name: str, product: Product) -> Contender:
     """cpgemm's batch-invariant product, where it takes another kernel than ``cpgemm``."""
     import cpgemm
-    from cpgemm.gemm import ready_gemm
 
     case = product.case
     if case.suite != "dense":
@@ -136,22 +135,28 @@ def invariant(name: str, product: Product) -> Contender:
     ]
     if plans[0].config == plans[1].config:
         raise Absent("the kernel of this case is batch-invariant as it is")
-    launches: list[Any] = []
-    for one in product.sets:
-        cpgemm.gemm(one.a, one.b, one.out, deterministic=option)
-        launches.append(ready_gemm(one.a, one.b, one.out, None, deterministic=option))
+    launches = [_dense_launch(one, deterministic=option) for one in product.sets]
     return Contender(name, launches, kernel=plans[1].config.name)
+
+
+def _dense_launch(one: Operands, **options: Any) -> Any:
+    """The launch that ``gemm`` with these options makes."""
+    import cpgemm
+    from cpgemm.gemm import ready_gemm
+
+    cpgemm.gemm(one.a, one.b, one.out, **options)
+    launch = ready_gemm(one.a, one.b, one.out, None, **options)
+    assert launch is not None, "a call that was just made is remembered"
+    return launch
 
 
 def _launch(product: Product, one: Operands, static_b: bool) -> Any:
     import cpgemm
-    from cpgemm.gemm import ready_gemm
     from cpgemm.grouped import ready_grouped
 
     if product.case.suite == "dense":
-        cpgemm.gemm(one.a, one.b, one.out, static_b=static_b)
-        launch = ready_gemm(one.a, one.b, one.out, None, static_b=static_b)
-    elif product.case.suite == "contiguous":
+        return _dense_launch(one, static_b=static_b)
+    if product.case.suite == "contiguous":
         cpgemm.grouped_gemm_contiguous(one.a, one.b, one.out, m_indices=one.index)
         launch = ready_grouped(one.a, one.b, one.out, one.index, "m_indices")
     else:

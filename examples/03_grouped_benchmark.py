@@ -6,7 +6,7 @@ groups of which 8 have rows with those 8 alone. Masked rows are run with the rig
 wrong ones. All contenders of a row are interleaved in one run on operands that exceed L2, and
 checked first.
 
-    python examples/04_grouped_benchmark.py [--quick] [--json FILE] [--markdown FILE]
+    python examples/03_grouped_benchmark.py [--quick] [--json FILE] [--markdown FILE]
 """
 
 from __future__ import annotations

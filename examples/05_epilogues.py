@@ -1,6 +1,6 @@
 """Epilogues inside the product's kernel against kernels behind it, with the memory traffic saved.
 
-    python examples/07_epilogues.py [FILE.json] [--shapes 8192x7168x2048 ...]
+    python examples/05_epilogues.py [FILE.json] [--shapes 8192x7168x2048 ...]
 
 For each shape and epilogue three contenders take turns in one run: the product with the epilogue,
 the product followed by a CuPy kernel (``cpgemm.quantize`` or ``cpgemm.moe.swiglu_quantize`` where D

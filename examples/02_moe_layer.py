@@ -1,6 +1,6 @@
 """A mixture-of-experts layer in FP8: on a Hopper GPU with CuPy, anywhere with NumPy.
 
-    python examples/03_moe_layer.py [--tokens 512] [--layout offsets|m_indices|ends]
+    python examples/02_moe_layer.py [--tokens 512] [--layout offsets|m_indices|ends]
 
 Each token goes through the ``top_k`` of ``experts`` feed-forward networks that its router logits
 choose, and takes the weighted sum of what they make of it:

@@ -1,6 +1,6 @@
 """A feed-forward layer from a checkpoint, run by NumPy, CuPy, torch and JAX on the same memory.
 
-    python examples/06_checkpoint_mlp.py [--tokens 48] [--folder FOLDER]
+    python examples/04_checkpoint_mlp.py [--tokens 48] [--folder FOLDER]
 
 Writes a small checkpoint as DeepSeek-V3 stores its own (two safetensors files and their index; FP8
 weights with a scale for 128 x 128 values), loads the layer, and computes, in each library:
@@ -37,7 +37,7 @@ from cpgemm.machine import why_no_hopper
 
 LAYER = "model.layers.0.mlp"
 LIBRARIES = ("numpy", "cupy", "torch", "jax")
-# Rounding to e4m3 costs 0.026 in the 2-norm; 03_moe_layer.py adds up where it happens: 0.068.
+# Rounding to e4m3 costs 0.026 in the 2-norm; 02_moe_layer.py adds up where it happens: 0.068.
 TOLERANCE = 0.08
 
 
