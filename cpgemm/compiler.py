@@ -91,7 +91,7 @@ class LoadedKernel:
     device: int
 
 
-_loaded: dict[tuple[int, str, str, str, int], LoadedKernel] = {}
+_loaded: dict[tuple[int, str, str, str, int, bool], LoadedKernel] = {}
 
 
 def compile_kernel(
@@ -162,7 +162,9 @@ def load_kernel(source: KernelSource) -> LoadedKernel:
             f"device: running a kernel needs a Hopper GPU and its driver; got {error}. "
             "NumPy arrays are multiplied without one."
         ) from error
-    slot = (device, source.digest, source.entry, env.compiler(), source.shared_bytes)
+    slot = (
+        device, source.digest, source.entry, env.compiler(), source.shared_bytes, source.strict
+    )  # fmt: skip
     if found := _loaded.get(slot):
         return found
     capability = str(cupy.cuda.Device(device).compute_capability)

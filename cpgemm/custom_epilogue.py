@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from cpgemm.calls import signature
-from cpgemm.dlpack import as_native
+from cpgemm.dlpack import as_native, framework_of
 from cpgemm.epilogue_spec import Stage
 from cpgemm.epilogue_step import Field, Step, check_same_device, operand
-from cpgemm.errors import ArgumentTypeError, DeviceError, reject
+from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.problem import OUT_DTYPES
 from cpgemm.scaled import Array, is_cupy, pointer
 
@@ -79,12 +79,13 @@ class Custom(Step):
         )
         digest = hashlib.sha256(f"{self.path}\0{self.function}\0{text}".encode()).hexdigest()
         signed = tuple(signature(array) for array in self.natives)
-        self.signature = None if None in signed else (self.kind, digest, *signed)
+        libraries = tuple(framework_of(array) for array in arrays)
+        self.signature = None if None in signed else (self.kind, digest, libraries, *signed)
 
     def __repr__(self) -> str:
         return f"Custom({self.function})"
 
-    def stage(self, grouped: bool) -> Stage:
+    def stage(self) -> Stage:
         return Stage(
             self.kind,
             path=self.path,
@@ -126,10 +127,12 @@ def _read(source: str | Path) -> tuple[str, str]:
         # What the compiler will say shall be a path that an editor opens.
         return str(path.absolute()).replace("\\", "/").replace('"', ""), path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DeviceError(
-            f"source: must be CUDA text or the path of a file with it; got {str(source)!r} "
-            f"({error}). Correct the path."
-        ) from error
+        reject(
+            "source",
+            "must be CUDA text or the path of a file with it",
+            f"{str(source)!r} ({error})",
+            "Correct the path.",
+        )
 
 
 def _find_function(text: str) -> str:

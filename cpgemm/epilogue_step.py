@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpgemm.calls import signature
+from cpgemm.dlpack import framework_of
 from cpgemm.epilogue_spec import EpilogueSpec, Output, Stage
 from cpgemm.errors import ArgumentTypeError, reject
-from cpgemm.problem import OUT_DTYPES, check_alignment
+from cpgemm.problem import OUT_DTYPES, OutDtype, check_alignment
 from cpgemm.scaled import Array, device_of, is_cupy
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "check_same_device",
     "float_dtype",
     "operand",
+    "output_of",
+    "require_epilogue",
     "signed",
 ]
 
@@ -77,9 +80,9 @@ class Epilogue:
         """The arrays that steps read, as they were given."""
         return tuple(array for step in self.steps for array in step.given)
 
-    def spec(self, output: Output, *, grouped: bool = False) -> EpilogueSpec:
-        """What of it is compiled in, for a D of ``output``; ``grouped``: in a grouped product."""
-        return EpilogueSpec(tuple(step.stage(grouped) for step in self.steps), output)
+    def spec(self, output: Output) -> EpilogueSpec:
+        """What of it is compiled in, for a D of ``output``."""
+        return EpilogueSpec(tuple(step.stage() for step in self.steps), output)
 
     def fields(self, field: Field) -> list[Field]:
         """The field of each step, from ``field`` on, and last D's; raises for a broken rule."""
@@ -87,6 +90,16 @@ class Epilogue:
         for step in self.steps:
             found.append(step.check_field(found[-1]))
         return found
+
+    def check_sizes(self, shape: tuple[int, ...], output: Output) -> None:
+        """The rules that need no operands, for a product of ``shape``; ``output``: what D holds.
+
+        Raises ``ArgumentError`` for a broken one.
+        """
+        field = Field(shape, output, device="")
+        for step in self.steps:
+            if not step.given:
+                field = step.check_field(field)
 
     def operands(self) -> tuple[bytes, ...]:
         """The kernel's arguments for the arrays that are read, without those of a quantised D."""
@@ -105,6 +118,8 @@ class Chain(Epilogue):
     """
 
     def __init__(self, steps: tuple[Step, ...]) -> None:
+        if not steps:
+            reject("steps", "must be one at least", "none", "Leave the epilogue out.")
         self.steps = steps
         _check_order([step.kind for step in steps])
 
@@ -139,7 +154,7 @@ class Step(Epilogue):
         self.steps = (self,)
         self.signature = self.kind
 
-    def stage(self, grouped: bool) -> Stage:
+    def stage(self) -> Stage:
         """What of it is compiled in."""
         return Stage(self.kind)
 
@@ -154,6 +169,24 @@ class Step(Epilogue):
     def apply_to(self, values: Array, rows: slice, group: int) -> Array:
         """float32 (R, N) to float32; ``rows`` of the flattened D belong to ``group``."""
         raise NotImplementedError
+
+
+def require_epilogue(epilogue: object) -> Epilogue:
+    """``epilogue`` itself, when it is one."""
+    if not isinstance(epilogue, Epilogue):
+        reject(
+            "epilogue",
+            "must be made of cpgemm.epilogues",
+            type(epilogue).__qualname__,
+            "Give for example epilogues.Bias(bias) | epilogues.SiLU().",
+            kind=ArgumentTypeError,
+        )
+    return epilogue
+
+
+def output_of(epilogue: Epilogue, out_dtype: OutDtype) -> Output:
+    """What D holds: codes behind ``Quantize``, else ``out_dtype``."""
+    return "codes" if epilogue.steps[-1].kind == "quantize" else out_dtype
 
 
 def operand(address: int, number: int = 0) -> bytes:
@@ -186,10 +219,13 @@ def check_same_device(name: str, array: Array, field: Field) -> None:
         )
 
 
-def signed(kind: str, array: Array) -> Hashable:
-    """What a launch depends on, of a step that reads ``array``; None on the CPU."""
+def signed(kind: str, given: Any, array: Array) -> Hashable:
+    """What a launch depends on, of a step that reads ``given`` as ``array``; None on the CPU.
+
+    Its library too: the stream of a launch is torch's when one array is.
+    """
     read = signature(array)
-    return None if read is None else (kind, read)
+    return None if read is None else (kind, framework_of(given), read)
 
 
 def check_contiguous(name: str, array: Array) -> None:

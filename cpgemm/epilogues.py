@@ -93,12 +93,12 @@ class Bias(Step):
                 "Reshape it.",
             )
         check_contiguous("bias", self.bias)
-        self.signature = signed(self.kind, self.bias)
+        self.signature = signed(self.kind, bias, self.bias)
 
     def __repr__(self) -> str:
         return f"Bias({self.dtype} {tuple(self.bias.shape)})"
 
-    def stage(self, grouped: bool) -> Stage:
+    def stage(self) -> Stage:
         return Stage(self.kind, self.dtype, per_group=self.bias.ndim == 2)
 
     def check_field(self, field: Field) -> Field:
@@ -188,12 +188,12 @@ class Residual(Step):
                 f"shape {tuple(self.residual.shape)}",
                 "Reshape it.",
             )
-        self.signature = signed(self.kind, self.residual)
+        self.signature = signed(self.kind, residual, self.residual)
 
     def __repr__(self) -> str:
         return f"Residual({self.dtype} {tuple(self.residual.shape)})"
 
-    def stage(self, grouped: bool) -> Stage:
+    def stage(self) -> Stage:
         return Stage(self.kind, self.dtype)
 
     def check_field(self, field: Field) -> Field:
@@ -273,7 +273,7 @@ class Scale(Step):
                 "Convert it, or give a number.",
                 kind=ArgumentTypeError,
             )
-        self.signature = signed(self.kind, self.array)
+        self.signature = signed(self.kind, scale, self.array)
 
     def __repr__(self) -> str:
         return "Scale(array)" if self.value is None else f"Scale({self.value:g})"
@@ -340,7 +340,7 @@ class Quantize(Step):
     def __repr__(self) -> str:
         return f"Quantize({self.scale_format!r})"
 
-    def stage(self, grouped: bool) -> Stage:
+    def stage(self) -> Stage:
         return Stage(self.kind, scale_format=self.scale_format)
 
     def check_field(self, field: Field) -> Field:

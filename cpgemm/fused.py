@@ -17,25 +17,28 @@ from cpgemm.compiler import CompiledKernel, compile_kernel
 from cpgemm.cost_model import Machine
 from cpgemm.dlpack import Framework, as_framework, as_native, empty, framework_of
 from cpgemm.epilogue_heuristics import choose_fused_grouped, fused_configurations
-from cpgemm.epilogue_spec import Output
-from cpgemm.epilogue_step import Epilogue, Field
-from cpgemm.errors import ArgumentTypeError, reject
-from cpgemm.fused_result import FusedResult, empty_result
+from cpgemm.epilogue_step import Epilogue, Field, output_of, require_epilogue
+from cpgemm.errors import reject
+from cpgemm.fused_result import FusedResult
 from cpgemm.grouped_problem import GroupedProblem
 from cpgemm.grouped_reference import row_ranges
 from cpgemm.kernels import gemm_source
 from cpgemm.launch import PreparedLaunch
+from cpgemm.plan import fused_plan
 from cpgemm.problem import (
     OUT_DTYPES,
     GemmProblem,
     OutDtype,
     check_no_overlap,
     infer_out_dtype,
+    wants_unsplit,
 )
 from cpgemm.reference import gemm_reference
 from cpgemm.scaled import (
+    BLOCK,
     Array,
     ScaledTensor,
+    empty_scaled,
     is_cupy,
     pointer,
 )
@@ -45,25 +48,10 @@ __all__ = [
     "compile_ahead",
     "fused_gemm",
     "fused_grouped",
-    "output_of",
     "ready_launch",
-    "require_epilogue",
 ]
 
 Prepare = Callable[..., PreparedLaunch]
-
-
-def require_epilogue(epilogue: object) -> Epilogue:
-    """``epilogue`` itself, when it is one."""
-    if not isinstance(epilogue, Epilogue):
-        reject(
-            "epilogue",
-            "must be made of cpgemm.epilogues",
-            type(epilogue).__qualname__,
-            "Give for example epilogues.Bias(bias) | epilogues.SiLU().",
-            kind=ArgumentTypeError,
-        )
-    return epilogue
 
 
 def compile_ahead(
@@ -74,19 +62,16 @@ def compile_ahead(
     ``out_dtype``: of D, unless it is quantised.  ``grouped``: for grouped products, not for dense
     ones.  Choices that ``cpgemm.tune`` has kept may be others.  Raises ``CompileError`` and what
     compiling raises otherwise.
+
     Needs no GPU.  For servers that run inside ``cpgemm.freeze()``: kernels with an epilogue are no
     part of ``python -m cpgemm compile --all``.
     """
-    spec = require_epilogue(epilogue).spec(output_of(epilogue, out_dtype), grouped=grouped)
+    dtype = infer_out_dtype(out_dtype, None, None)
+    spec = require_epilogue(epilogue).spec(output_of(epilogue, dtype))
     return [
         compile_kernel(gemm_source(config, spec))
         for config in fused_configurations(spec, grouped=grouped)
     ]
-
-
-def output_of(epilogue: Epilogue, out_dtype: OutDtype) -> Output:
-    """What D holds: codes behind ``Quantize``, else ``out_dtype``."""
-    return "codes" if epilogue.steps[-1].kind == "quantize" else out_dtype
 
 
 class FusedRoom(tuple[Any, ...]):
@@ -97,7 +82,7 @@ class FusedRoom(tuple[Any, ...]):
         shape, scale_format, dtype = self
         if scale_format is None:
             return empty(framework, shape, dtype, like)
-        return empty_result(framework, shape, scale_format, like)
+        return empty_scaled(shape, (1, BLOCK), scale_format, framework, like)
 
 
 _ready = ReadyCalls()
@@ -132,9 +117,8 @@ def fused_gemm(
     out_dtype: Any,
     epilogue: Any,
     options: tuple[Any, ...],
-    plan_of: Any,
 ) -> Any:
-    """``gemm`` with an epilogue; ``plan_of(problem, spec, device, *options)`` makes its plan."""
+    """``gemm`` with an epilogue; ``options``: its ``deterministic`` and ``static_b``."""
     known = signature(a), signature(b), signature(c), getattr(epilogue, "signature", None)
     whole = None not in (known[0], known[1], known[3]) and (c is None or known[2] is not None)
     recipe = (*known, str(out_dtype), options) if whole else None
@@ -147,6 +131,7 @@ def fused_gemm(
         launch()
         return out
     epilogue = require_epilogue(epilogue)
+    wants_unsplit(options[0])
     native_out, native_c = _native_result(out), None if c is None else as_native("c", c)
     dtype = infer_out_dtype(
         out_dtype, None if isinstance(out, ScaledTensor) else native_out, native_c
@@ -188,7 +173,7 @@ def fused_gemm(
                 _remember(recipe, result)
             key = _key(recipe, out)
         if _written(native_out).size:
-            plan = plan_of(problem, spec, a.data.data.device_id, *options)
+            plan = fused_plan(problem, spec, a.data.data.device_id, *options)
             launch = plan.prepare(
                 a, b, _written(native_out), native_c, framework, result.operands(native_out)
             )
@@ -259,7 +244,7 @@ def fused_grouped(
     ``index`` is ``given_index`` as a native array; ``prepare`` is ``grouped.prepare_grouped``.
     """
     epilogue = require_epilogue(epilogue)
-    spec = epilogue.spec(output_of(epilogue, problem.out_dtype), grouped=True)
+    spec = epilogue.spec(output_of(epilogue, problem.out_dtype))
     if problem.fill_padding and spec.own_store:
         reject(
             "fill_padding",

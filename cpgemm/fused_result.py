@@ -17,14 +17,11 @@ from cpgemm.scaled import (
     BLOCK,
     Array,
     ScaledTensor,
-    empty_codes,
-    empty_scales,
+    empty_scaled,
     pointer,
-    scale_shape,
 )
-from cpgemm.streams import allocator
 
-__all__ = ["FusedResult", "empty_result"]
+__all__ = ["FusedResult"]
 
 
 class FusedResult:
@@ -32,9 +29,7 @@ class FusedResult:
 
     def __init__(self, epilogue: Epilogue, spec: EpilogueSpec, field: Field) -> None:
         self.epilogue, self.spec = epilogue, spec
-        self.fields = epilogue.fields(field)
-        self.shape = self.fields[-1].shape
-        self.grouped = field.groups is not None
+        self.shape = epilogue.fields(field)[-1].shape
 
     @property
     def scale_format(self) -> Any:
@@ -66,7 +61,7 @@ class FusedResult:
         """Room for D where ``like`` is."""
         if not self.spec.quantize:
             return empty(framework, self.shape, OUT_DTYPES[self.spec.out_dtype], like)
-        return empty_result(framework, self.shape, self.scale_format, like)
+        return empty_scaled(self.shape, (1, BLOCK), self.scale_format, framework, like)
 
     def operands(self, out: Any) -> tuple[bytes, ...]:
         """The kernel's arguments for epilogue and result."""
@@ -102,13 +97,3 @@ class FusedResult:
             out[group, rows.start - first : rows.stop - first] = cast
         else:
             out[rows] = cast
-
-
-def empty_result(framework: Framework, shape: tuple[int, ...], scale_format: Any, like: Any) -> Any:
-    """Room for codes and scales, in the library's own memory."""
-    memory = allocator(framework, like)
-    rows, blocks = scale_shape(shape, (1, BLOCK))[-2:]
-    groups = shape[0] if len(shape) == 3 else None
-    scales = empty_scales(rows, blocks, (1, BLOCK), memory, groups=groups)
-    codes = empty_codes(shape, memory)
-    return ScaledTensor.of_checked(codes, scales, (1, BLOCK), scale_format, framework)

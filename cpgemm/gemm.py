@@ -20,7 +20,7 @@ from cpgemm.dlpack import as_framework, as_native, empty
 from cpgemm.epilogue_heuristics import choose_kernel
 from cpgemm.fused import fused_gemm
 from cpgemm.launch import PreparedLaunch
-from cpgemm.plan import cached_plan, call_key, fused_plan
+from cpgemm.plan import cached_plan, call_key
 from cpgemm.problem import (
     OUT_DTYPES,
     Deterministic,
@@ -54,7 +54,7 @@ def gemm(
     or "float32"; by default the dtype of ``out``, else of ``c``, else bfloat16.  K is a multiple of
     16, N of 8, M anything; empty sizes do what linear algebra says (K = 0 gives C or zeros).
     ``epilogue``: steps of ``cpgemm.epilogues`` on C + A @ B.T, within the kernel; D then has the
-    shape and the kind that they leave.
+    shape and the kind that they leave: codes behind Quantize, whatever ``out_dtype``.
 
     ``deterministic``: every run gives the same bits, in any case.  With ``"batch_invariant"`` the
     bits of a row of D depend on nothing but that row of A (and of C) and on B: neither on M nor on
@@ -71,7 +71,7 @@ def gemm(
     """
     if epilogue is not None:
         options = (deterministic, static_b)
-        return fused_gemm(a, b, out, c, out_dtype, epilogue, options, fused_plan)
+        return fused_gemm(a, b, out, c, out_dtype, epilogue, options)
     if out_dtype is None:
         if out is None:
             out = _room(a, b, c)

@@ -45,7 +45,7 @@ def find_headers(
             name, path = header
             if name not in found:
                 found[name] = path
-                visit(path.read_text(encoding="utf-8"), name)
+                visit(path.read_text(encoding="utf-8", errors="replace"), name)
 
     visit(text, "")
     return found

@@ -32,6 +32,7 @@ class PreparedLaunch:
     ``args``: NumPy scalars of the parameters' exact types (device pointers as ``np.uint64``), and
     bytes for what is passed by value (tensor maps).  ``grid`` and ``block`` count blocks and
     threads, ``shared_bytes`` is dynamic shared memory, ``pdl`` programmatic dependent launch.
+    ``keep`` lives as long as the launch: what owns memory that only the parameters point to.
 
     Calling it enqueues the kernel on the current stream of ``framework`` (``dlpack``) and returns
     at once; ``on`` takes the handle of a stream.
@@ -52,13 +53,14 @@ class PreparedLaunch:
         shared_bytes: int = 0,
         pdl: bool = False,
         framework: Framework = "cupy",
+        keep: object = None,
     ) -> None:
         driver = _driver()
         self.kernel, self.device, self.framework = kernel, kernel.device, framework
         self._grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
         self._block, self._shared_bytes, self._pdl = block, shared_bytes, pdl
         self._function = driver.CUfunction(kernel.handle)
-        self._keep = _laid_out(args)
+        self._keep = (*_laid_out(args), keep)
         self._address = ctypes.addressof(self._keep[1])
         self._configs: dict[int, Any] = {}  # by stream
         # Looked up once: a launch costs some 5 us of the host's time, most of it in the driver.

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from cpgemm.bridged import bridged
+from cpgemm.dlpack import Framework
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.moe_kernels import (
     FLOAT_DTYPES,
@@ -48,10 +49,8 @@ from cpgemm.scaled import (
     ScaleFormat,
     array_module,
     check_scale_format,
-    empty_codes,
-    empty_scales,
+    empty_scaled,
     is_cupy,
-    scale_shape,
 )
 
 __all__ = [
@@ -105,11 +104,11 @@ def gather(x: ScaledTensor, routing: Routing, *, out: ScaledTensor | None = None
         check_scaled_out(out, shape, x.scale_format, {"x": x.data, "x.scales": x.scales})
     if is_cupy(x.data):
         with x.data.device:
-            result = out if out is not None else _empty_scaled(shape, x.scale_format, x.data)
+            result = out if out is not None else _room(shape, x.scale_format, x.data)
             if result.data.size:
                 launch_gather(x, routing.order, routing.top_k, result)
         return result
-    result = out if out is not None else _empty_scaled(shape, x.scale_format, x.data)
+    result = out if out is not None else _room(shape, x.scale_format, x.data)
     source, kept = _sources(routing)
     codes = result.data.view(np.uint8)
     codes[...] = 0
@@ -145,7 +144,7 @@ def gather_quantized(
         check_scaled_out(out, shape, scale_format, {"x": x})
     if is_cupy(x):
         with x.device:
-            result = out if out is not None else _empty_scaled(shape, scale_format, x)
+            result = out if out is not None else _room(shape, scale_format, x)
             if result.data.size:
                 launch_gather_quantize(x, routing.order, routing.top_k, result)
         return result
@@ -191,11 +190,11 @@ def swiglu_quantize(
         check_scaled_out(out, shape, scale_format, {"h": h, "offsets": offsets})
     if is_cupy(h):
         with h.device:
-            result = out if out is not None else _empty_scaled(shape, scale_format, h)
+            result = out if out is not None else _room(shape, scale_format, h)
             if result.data.size:
                 launch_swiglu(h, offsets, result)
         return result
-    result = out if out is not None else _empty_scaled(shape, scale_format, h)
+    result = out if out is not None else _room(shape, scale_format, h)
     rows = slice(None) if offsets is None else slice(int(offsets[0]), int(offsets[-1]))
     quantized = quantize(_swiglu(h[rows].astype(np.float32)), scale_format=scale_format)
     result.data.view(np.uint8)[rows] = quantized.data.view(np.uint8)
@@ -289,11 +288,9 @@ def _silu(x: Array) -> Array:
 # ------------------------------------------------------------------------------------- both paths
 
 
-def _empty_scaled(shape: tuple[int, int], scale_format: ScaleFormat, like: Array) -> ScaledTensor:
-    xp = array_module(like)
-    rows, kblocks = scale_shape(shape, (1, BLOCK))
-    scales = empty_scales(rows, kblocks, (1, BLOCK), xp)
-    return ScaledTensor(empty_codes(shape, xp), scales, (1, BLOCK), scale_format)
+def _room(shape: tuple[int, int], scale_format: ScaleFormat, like: Array) -> ScaledTensor:
+    library: Framework = "cupy" if is_cupy(like) else "numpy"
+    return empty_scaled(shape, (1, BLOCK), scale_format, library, like)
 
 
 def _check_routing(name: str, array: Array, routing: Routing, *, sorted_rows: bool = False) -> None:

@@ -45,6 +45,13 @@ def kernel(
         return plan_gemm(*sizes, out_dtype=out_dtype, accumulate=accumulate).kernel
     if n is not None or k is not None:
         reject("n, k", "belong to kernel(m, n, k)", (n, k), "Leave them out.")
+    if (out_dtype, accumulate) != ("bfloat16", False):
+        reject(
+            "out_dtype, accumulate",
+            "belong to kernel(m, n, k)",
+            (out_dtype, accumulate),
+            "Leave them out: a name and a config say theirs.",
+        )
     if isinstance(what, str):
         return Kernel(find_source(what, all_sources(), argument="what"))
     if isinstance(what, KernelConfig):

@@ -19,8 +19,8 @@ from cpgemm.cost_model import H200, Machine
 from cpgemm.dlpack import Framework, as_native
 from cpgemm.epilogue_heuristics import choose_kernel, why_not
 from cpgemm.epilogue_spec import EpilogueSpec
+from cpgemm.epilogue_step import output_of, require_epilogue
 from cpgemm.errors import ArgumentTypeError, reject
-from cpgemm.fused import output_of, require_epilogue
 from cpgemm.heuristics import Explanation
 from cpgemm.kernel_view import Kernel
 from cpgemm.kernels import gemm_source
@@ -99,7 +99,9 @@ class GemmPlan:
         return settings.pdl() and (self.static_b or not isinstance(self.config, SplitKernelConfig))
 
     def explain(self) -> Explanation:
-        """Every candidate with its predicted time, and the floor."""
+        """Every candidate with its predicted time, and the floor; of the product alone, without its
+        epilogue.
+        """
         p = self.problem
         return explain(
             p.m, p.n, p.k, out_dtype=p.out_dtype, accumulate=p.accumulate, machine=self.machine
@@ -254,7 +256,7 @@ def plan_gemm(
     ``c``.  ``config`` overrides the choice.  ``deterministic`` and ``static_b`` are those of
     ``gemm``.  A plan with an ``epilogue`` (``cpgemm.epilogues``) shows and compiles the kernel that
     ``gemm`` takes with it.  Raises ``ArgumentError`` for sizes that no kernel takes (k % 16, n % 8,
-    empty) or a misfit ``config``.
+    empty), a misfit ``config`` or ``epilogue``.
     """
     unsplit = wants_unsplit(deterministic)
     problem = GemmProblem(m, n, k, out_dtype, accumulate)
@@ -263,6 +265,12 @@ def plan_gemm(
     spec = None
     if epilogue is not None:
         spec = require_epilogue(epilogue).spec(output_of(epilogue, problem.out_dtype))
+        epilogue.check_sizes((problem.m, problem.n), spec.output)
+        if accumulate and spec.own_store:
+            reject(
+                "accumulate", "cannot be had with SwiGLU or Quantize", True,
+                "Put epilogues.Residual(c) before them.",
+            )  # fmt: skip
     machine = current_machine()
     if config is None:
         config = choose_kernel(problem, machine, unsplit, spec)

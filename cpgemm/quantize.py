@@ -38,14 +38,12 @@ from cpgemm.scaled import (
     check_granularity,
     check_scale_format,
     device_of,
-    empty_codes,
-    empty_scales,
+    empty_scaled,
     is_cupy,
     pointer,
     require_scaled,
-    scale_shape,
 )
-from cpgemm.streams import allocator, working_stream
+from cpgemm.streams import working_stream
 
 if TYPE_CHECKING:
     from cpgemm.render import KernelSource
@@ -119,7 +117,7 @@ def _quantize(
         _check_out(x, out, pair, scale_format)
     if is_cupy(x):
         return _quantize_on_device(x, pair, scale_format, out, framework)
-    result = out if out is not None else _allocate(x, pair, scale_format, framework)
+    result = out if out is not None else empty_scaled(x.shape, pair, scale_format, framework, x)
     for group in np.ndindex(*x.shape[:-2]):
         _quantize_on_host(x[group], result.data[group], result.scales[group], pair, scale_format)
     return result
@@ -213,9 +211,9 @@ def _quantize_on_device(
     if out is not None:
         _check_device_layout("out", out.data)
     if x.size == 0:
-        return out if out is not None else _allocate(x, granularity, scale_format, framework)
+        return out or empty_scaled(x.shape, granularity, scale_format, framework, x)
     with x.device:
-        result = out if out is not None else _allocate(x, granularity, scale_format, framework)
+        result = out or empty_scaled(x.shape, granularity, scale_format, framework, x)
         key = signature(x), result.signature, scale_format
         launch = _ready.get(key)
         if launch is None:
@@ -276,17 +274,6 @@ def _group_stride(array: Array) -> int:
 
 
 # ------------------------------------------------------------------------------------- both paths
-
-
-def _allocate(
-    x: Array, granularity: Granularity, scale_format: ScaleFormat, framework: Framework
-) -> ScaledTensor:
-    memory = allocator(framework, x)
-    rows, kblocks = scale_shape(x.shape, granularity)[-2:]
-    groups = x.shape[0] if x.ndim == 3 else None
-    scales = empty_scales(rows, kblocks, granularity, memory, groups=groups)
-    codes = empty_codes(x.shape, memory)
-    return ScaledTensor.of_checked(codes, scales, granularity, scale_format, framework)
 
 
 def _with_contiguous_rows(x: Array) -> Array:

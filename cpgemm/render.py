@@ -164,7 +164,7 @@ def _render_text(template: str, values: Mapping[str, object]) -> str:
     try:
         return environment.get_template(template).render(**values)
     except jinja2.TemplateNotFound as error:
-        near = difflib.get_close_matches(template, environment.list_templates(), n=3)
+        near = difflib.get_close_matches(str(error.name), environment.list_templates(), n=3)
         mend = f"Did you mean {', '.join(near)}?" if near else f"Templates live in {folder}."
         raise CompileError(f"template {error.name!r} is not there. {mend}") from error
     except jinja2.TemplateSyntaxError as error:

@@ -82,6 +82,7 @@ __all__ = [
     "check_scale_format",
     "device_of",
     "empty_codes",
+    "empty_scaled",
     "empty_scales",
     "fp8_view",
     "is_array",
@@ -369,6 +370,23 @@ def _working(data: Array, framework: Framework) -> contextlib.AbstractContextMan
     if not is_cupy(data):
         return contextlib.nullcontext()
     return working_stream(framework, data.data.device_id)
+
+
+def empty_scaled(
+    shape: tuple[int, ...],
+    granularity: Granularity,
+    scale_format: ScaleFormat,
+    framework: Framework,
+    like: Array,
+) -> ScaledTensor:
+    """Room for (R, K) or (G, R, K) values where ``like`` is, in memory of the framework's own."""
+    rows, kblocks = scale_shape(shape, granularity)[-2:]
+    groups = shape[0] if len(shape) == 3 else None
+    with like.device if is_cupy(like) else contextlib.nullcontext():
+        memory = allocator(framework, like)
+        scales = empty_scales(rows, kblocks, granularity, memory, groups=groups)
+        codes = empty_codes(shape, memory)
+    return ScaledTensor.of_checked(codes, scales, granularity, scale_format, framework)
 
 
 def require_scaled(name: str, value: object, mend: str) -> ScaledTensor:

@@ -15,7 +15,7 @@ from cpgemm.calls import working_framework
 from cpgemm.compiler import load_kernel, require_cupy
 from cpgemm.config import GroupedKernelConfig, KernelConfig
 from cpgemm.cost_model import Machine
-from cpgemm.dlpack import as_native, empty
+from cpgemm.dlpack import as_framework, as_native, empty
 from cpgemm.errors import ArgumentTypeError, DeviceError, WrongResultError, reject
 from cpgemm.kernel_check import CheckResult, compare, on_host, seeded_operands
 from cpgemm.kernel_view import Kernel
@@ -26,6 +26,7 @@ from cpgemm.problem import OUT_DTYPES, GemmProblem, OutDtype, infer_out_dtype
 from cpgemm.quantize import quantize
 from cpgemm.render import KernelSource
 from cpgemm.scaled import BLOCK, ScaledTensor
+from cpgemm.streams import working_stream
 from cpgemm.timing import Timing, time_interleaved
 from cpgemm.trial_operands import OperandMemory, OperandSet
 from cpgemm.user_template import render_file
@@ -85,13 +86,21 @@ class TemplateKernel(Kernel):
         Operands as for ``gemm``, on a GPU; ``out`` is allocated when it is not given.  Raises what
         ``gemm`` raises, and ``ArgumentError`` for another problem than the kernel's.
         """
-        if out is None:
-            out = empty(a.framework, (a.shape[0], b.shape[0]), OUT_DTYPES[self.out_dtype], a.data)
+        made = out is None
+        if made:
+            native_c = None if c is None else as_native("c", c)
+            problem = GemmProblem.of(a, b, None, native_c, self.out_dtype)
+            out = empty(a.framework, (problem.m, problem.n), OUT_DTYPES[self.out_dtype], a.data)
         self.prepare(a, b, out, c)()
-        return out
+        # JAX's was CuPy's until it was complete.
+        return as_framework("jax", out) if made and a.framework == "jax" else out
 
     def prepare(self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any = None) -> PreparedLaunch:
-        """The launch on these operands, after checking them; they must outlive it."""
+        """The launch on these operands, after checking them; they must outlive it.
+
+        Arrays that ``arguments`` returns, a workspace of its own for example, live as long as the
+        launch.
+        """
         native_out = as_native("out", out, writable=True)
         native_c = None if c is None else as_native("c", c)
         dtype = infer_out_dtype(None, native_out, native_c)
@@ -119,13 +128,15 @@ class TemplateKernel(Kernel):
                 return plan.prepare(a, b, native_out, native_c, framework)
             own = self._own
             given = (a, b, native_out) if c is None else (a, b, native_out, native_c)
+            values = list(own.arguments(*given))
             return PreparedLaunch(
                 load_kernel(self.rendered),
                 own.grid(problem) if callable(own.grid) else own.grid,
                 own.threads,
-                [_parameter(at, value) for at, value in enumerate(own.arguments(*given))],
+                [_parameter(at, value) for at, value in enumerate(values)],
                 shared_bytes=self.rendered.shared_bytes,
                 framework=framework,
+                keep=values,
             )
 
     def check(
@@ -148,7 +159,11 @@ class TemplateKernel(Kernel):
         accumulate = self.problem is not None and self.problem.accumulate
         m, n = a.shape[0], b.shape[0]
         kind = OUT_DTYPES[self.out_dtype]
-        with a.data.device if is_cupy(a.data) else cupy.cuda.Device():
+        # On the stream of the launch: what is filled before it and read behind it is in order.
+        here = cupy.cuda.Device()
+        if is_cupy(a.data):
+            here = working_stream(working_framework(a, b), a.data.device.id)
+        with here:
             bits = np.uint16 if kind.itemsize == 2 else np.uint32
             poison = np.iinfo(bits).max  # NaN in either type
             guarded = cupy.full((m + 2, n), poison, dtype=bits)
@@ -165,29 +180,26 @@ class TemplateKernel(Kernel):
         wanted = None if c is None else on_host(c)
         return compare(self.name, got, on_host(a), on_host(b), wanted)
 
-    def calls(self, *, seed: int = 0, sets: int | None = None) -> list[Callable[[], None]]:
+    def calls(self, *, seed: int = 0) -> list[Callable[[], None]]:
         """Launches on sets of operands of their own, together larger than L2, to be timed.
 
         For ``timing.time_interleaved({one.name: one.calls(), other.name: other.calls()})``, which
-        is how kernels are compared.  ``sets``: how many (None: as many as keep L2 cold);
-        ``seed``: of their values.
+        is how kernels are compared.  ``seed``: of their values.
         """
         problem = self._known_problem("time")
         memory = OperandMemory([problem], seed=seed, xp=_gpu())
         made: list[Callable[[], None]] = []
-        for one in memory.sets(problem)[:sets]:
+        for one in memory.sets(problem):
             launch = self.prepare(one.a, one.b, one.out, one.c)
             made.append(functools.partial(_launch_on, launch, one))
         return made
 
-    def time(
-        self, *, windows: int = 7, window_ms: float = 10.0, seed: int = 0, sets: int | None = None
-    ) -> Timing:
+    def time(self, *, windows: int = 7, window_ms: float = 10.0, seed: int = 0) -> Timing:
         """Microseconds per launch with a cold L2, over ``windows`` windows of ``window_ms`` each.
 
-        ``timing.time_interleaved`` says how; ``seed`` and ``sets`` as for ``calls``.
+        ``timing.time_interleaved`` says how; ``seed`` as for ``calls``.
         """
-        calls = {self.name: self.calls(seed=seed, sets=sets)}
+        calls = {self.name: self.calls(seed=seed)}
         return time_interleaved(calls, windows=windows, window_ms=window_ms, seed=seed)[self.name]
 
     def _operands(self, seed: int) -> tuple[ScaledTensor, ScaledTensor]:
@@ -253,9 +265,15 @@ def kernel_from_template(
     file = Path(path).expanduser()
     if not file.is_file():
         reject("path", "must be a template's file", repr(str(path)), "Give the path of a file.")
-    wanted = problem
-    if isinstance(wanted, tuple):
-        wanted = GemmProblem(*wanted, out_dtype="bfloat16" if config is None else config.out_dtype)
+    if not isinstance(config, KernelConfig | None):
+        reject(
+            "config",
+            "must be a KernelConfig of any family",
+            repr(config),
+            "A plan's .config is one.",
+            kind=ArgumentTypeError,
+        )
+    wanted = _problem_of(problem, config)
     if wanted is not None and 0 in (wanted.m, wanted.n, wanted.k):
         reject("problem", "must not be empty", wanted, "Call cpgemm.gemm, which returns.")
     if config is None and arguments is None:
@@ -301,6 +319,20 @@ def kernel_from_template(
         arguments=arguments, strict=strict,
     )  # fmt: skip
     return TemplateKernel(source, wanted, config, own, threads, again)
+
+
+def _problem_of(problem: object, config: KernelConfig | None) -> GemmProblem | None:
+    if problem is None or isinstance(problem, GemmProblem):
+        return problem
+    if isinstance(problem, tuple) and len(problem) == 3:
+        return GemmProblem(*problem, out_dtype="bfloat16" if config is None else config.out_dtype)
+    reject(
+        "problem",
+        "must be a GemmProblem or (m, n, k)",
+        repr(problem),
+        "Give three sizes, or None for whatever operands pose.",
+        kind=ArgumentTypeError,
+    )
 
 
 def _own_launch(

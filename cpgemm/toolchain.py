@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from cpgemm import env
 from cpgemm.errors import CompileError, DeviceError, MissingDependencyError, reject
@@ -58,6 +59,25 @@ class Toolchain(abc.ABC):
         """The PTX that the cubin is made from; ``CompileError`` as ``compile`` raises it."""
 
 
+def _nvrtc_settings(arch: str) -> dict[str, Any]:
+    """What ``Nvrtc`` compiles with, beside ptxas's options; the cache's key has all of it."""
+    return {
+        "arch": arch,
+        "std": "c++17",
+        "ftz": False,
+        # Without it NVRTC would also look for headers in the current folder.
+        "no_source_include": True,
+        # NVRTC 13 keeps results of its own; a hit has no log, which is what is checked.
+        "no_cache": True,
+    }
+
+
+def _flag(name: str, value: object) -> str:
+    """A setting in the words of the command line."""
+    flag = name.replace("_", "-")
+    return flag if value is True else f"{flag}={str(value).lower()}"
+
+
 class Nvrtc(Toolchain):
     """NVRTC through cuda.core."""
 
@@ -68,14 +88,7 @@ class Nvrtc(Toolchain):
         return _nvrtc_version()
 
     def options(self, arch: str) -> tuple[str, ...]:
-        return (
-            f"arch={arch}",
-            "std=c++17",
-            "ftz=false",
-            "no-source-include",
-            "no-cache",
-            *PTXAS_OPTIONS,
-        )
+        return (*(_flag(*one) for one in _nvrtc_settings(arch).items()), *PTXAS_OPTIONS)
 
     def compile(self, source: KernelSource, arch: str) -> tuple[bytes, str, float]:
         core = _cuda_core()
@@ -83,15 +96,9 @@ class Nvrtc(Toolchain):
         with _header_folder(source) as headers:
             options = core.ProgramOptions(
                 name=f"{source.name}.cu",
-                arch=arch,
-                std="c++17",
-                ftz=False,
-                # Without it NVRTC would also look for headers in the current folder.
-                no_source_include=True,
-                # NVRTC 13 keeps results of its own; a hit has no log, which is what is checked.
-                no_cache=True,
                 include_path=[headers],
                 ptxas_options=list(PTXAS_OPTIONS),
+                **_nvrtc_settings(arch),
             )
             start = time.perf_counter()
             try:

@@ -207,11 +207,12 @@ def tune(
     """Time the candidate kernels for (m, k) x (n, k) on the current GPU and keep the winner.
 
     From then on ``gemm`` and ``plan_gemm`` use it for this shape (``cpgemm.tuned`` says for which
-    others).  ``m``: one number of rows, or several.  ``best``: only as many candidates as this, the
-    first ones by the model (None: all).  ``out_dtype`` and ``accumulate`` as in ``explain``.
-    ``rounds`` windows of ``window_ms`` milliseconds for each, in turn, over operands that are not
-    in L2.  ``seed``: of data and order.  ``file``: instead of the GPU model's own in the cache
-    folder; ``keep=False`` writes none.
+    others), unless ``CPGEMM_TUNED`` is 0 or names another file.  ``m``: one number of rows, or
+    several.  ``best``: only as many candidates as this, the first ones by the model (None: all).
+    ``out_dtype`` and ``accumulate`` as in ``explain``.  ``rounds`` windows of ``window_ms``
+    milliseconds for each, in turn, over operands that are not in L2.  ``seed``: of data and order.
+    ``file``: instead of the GPU model's own in the cache folder; read where ``CPGEMM_TUNED`` names
+    it.  ``keep=False`` writes none.
 
     Takes up to some seconds for each shape and waits for the device.  Raises ``DeviceError``
     without a Hopper GPU, and ``ArgumentError`` for sizes that no kernel takes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,14 +29,16 @@ from tiny_kernels import (
     source,
 )
 
+from cpgemm import compiler as compiler_module
 from cpgemm import env
 from cpgemm.compile_all import compile_all
-from cpgemm.compiler import ARCH, compile_count, compile_kernel, freeze
+from cpgemm.compiler import ARCH, compile_count, compile_kernel, freeze, load_kernel
 from cpgemm.errors import (
     ArgumentError,
     CompileError,
     DeviceError,
     FrozenError,
+    KernelWarning,
     MissingDependencyError,
 )
 from cpgemm.render import render
@@ -362,6 +366,28 @@ def test_compile_all_raises_what_concerns_every_kernel(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy")
+@needs_nvrtc
+def test_a_strict_load_is_not_served_by_a_lenient_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = types.SimpleNamespace(
+        kernel=types.SimpleNamespace(ptr=1), max_dynamic_shared_size_bytes=0
+    )
+    runtime = types.SimpleNamespace(getDevice=lambda: 77, CUDARuntimeError=OSError)
+    cuda = types.SimpleNamespace(
+        runtime=runtime,
+        driver=types.SimpleNamespace(CUDADriverError=OSError),
+        Device=lambda device: types.SimpleNamespace(compute_capability="90"),
+    )
+    module = types.SimpleNamespace(get_function=lambda entry: function)
+    fake = types.SimpleNamespace(cuda=cuda, RawModule=lambda path: module)
+    monkeypatch.setattr(compiler_module, "require_cupy", lambda: fake)
+    monkeypatch.setattr(compiler_module, "_loaded", {})
+    strict = source(LOCAL, "local")
+    with pytest.warns(KernelWarning, match="local memory is used"):
+        load_kernel(dataclasses.replace(strict, strict=False))
+    with pytest.raises(CompileError, match="local is refused"):
+        load_kernel(strict)
+
+
 def test_loading_without_a_gpu_says_so() -> None:
     code = (
         "import cpgemm.compiler as c, cpgemm.render as r\n"

@@ -110,11 +110,14 @@ def all_of(module: str) -> list[str]:
     raise AssertionError(f"{module} has no __all__")
 
 
-def is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its parent is no package
+def hidden_by_module(name: str) -> bool:
+    """Whether a module of this name defines what is meant; by its file: torch may be absent."""
+    path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+    if not path.is_file():
         return False
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    defined = (node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    return path.stem in defined
 
 
 @functools.cache
@@ -136,7 +139,7 @@ def public_names() -> dict[str, str]:
             full = f"{module}.{name}"
             if full in modules or (module == "cpgemm.deep_gemm" and name in ABSENT):
                 continue
-            spelled = f"{full}.{name}" if module == "cpgemm" and is_module(full) else full
+            spelled = f"{full}.{name}" if hidden_by_module(full) else full
             found[full] = spelled
     return found
 

@@ -23,16 +23,16 @@ from gemm_checks import assert_guards_intact, guarded, operands, to_numpy
 from tiny_kernels import needs_nvrtc
 
 import cpgemm
-from cpgemm import epilogues
+from cpgemm import custom_epilogue, epilogue_step, epilogues
 from cpgemm.compiler import compile_kernel
 from cpgemm.config import KernelConfig
 from cpgemm.epilogue_heuristics import fused_configurations
+from cpgemm.epilogue_step import Chain
 from cpgemm.epilogues import GELU, Bias, Custom, Quantize, Residual, Scale, SiLU, SwiGLU
 from cpgemm.errors import (
     ArgumentError,
     ArgumentTypeError,
     CompileError,
-    DeviceError,
     FrozenError,
 )
 from cpgemm.kernels import all_sources, gemm_source
@@ -432,7 +432,7 @@ def test_custom_refusals(rng, tmp_path):
         Custom("int main() {}")
     with pytest.raises(ArgumentError, match="source: must define"):
         Custom("// __device__ float same(float x)\nint x() {}")
-    with pytest.raises(DeviceError, match="source: must be CUDA text or the path"):
+    with pytest.raises(ArgumentError, match="source: must be CUDA text or the path"):
         Custom(tmp_path / "missing.cuh")
     with pytest.raises(ArgumentTypeError, match=r"arrays\[1\]: must have dtype"):
         Custom(text, np.zeros(3, np.float32), np.zeros(3, np.float64))
@@ -531,6 +531,50 @@ LONGEST = {  # a step of each kind, or what goes with others
     "quantize": Bias(_LINE[None]) | SiLU() | Quantize(),
     "swiglu, quantize": Bias(_HALF) | SwiGLU() | Scale(2) | Quantize("pow2"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Bias,
+        Scale,
+        Residual,
+        lambda x: Custom("__device__ float f(float x, const float* y, int s, int r, int c)\n{}", x),
+    ],
+    ids=["bias", "scale", "residual", "custom"],
+)
+def test_a_signature_has_the_library_of_its_array(monkeypatch, step):
+    """torch's arrays are worked on on torch's stream, so that a launch is not another's."""
+    for module in (epilogue_step, custom_epilogue):
+        monkeypatch.setattr(module, "signature", lambda array: "the same memory")
+        monkeypatch.setattr(module, "framework_of", lambda given: given.framework)
+
+    class Given(np.ndarray):
+        framework = "cupy"
+
+    array = np.ones((1, 1) if step is Residual else 1, np.float32).view(Given)
+    mine = step(array).signature
+    assert mine == step(array).signature
+    array.framework = "torch"
+    assert mine != step(array).signature
+
+
+def test_what_is_refused_before_there_are_operands(rng):
+    """Plans and compilations ahead take what ``gemm`` takes."""
+    a, b = operands(rng, 4, 48, 128)
+    with pytest.raises(ArgumentError, match="deterministic: "):
+        cpgemm.gemm(a, b, epilogue=SiLU(), deterministic="never")
+    with pytest.raises(ArgumentTypeError, match="out_dtype: "):
+        epilogues.compile_ahead(SiLU(), out_dtype="float64")
+    with pytest.raises(ArgumentError, match="steps: must be one at least"):
+        Chain(())
+    for epilogue in (SwiGLU(), Quantize()):
+        with pytest.raises(ArgumentError, match="accumulate: cannot be had with SwiGLU"):
+            cpgemm.plan_gemm(64, 128, 128, accumulate=True, epilogue=epilogue)
+        with pytest.raises(ArgumentError) as refused:
+            cpgemm.gemm(*operands(rng, 4, 40, 128), epilogue=epilogue)
+        with pytest.raises(ArgumentError, match=re.escape(str(refused.value).partition(";")[0])):
+            cpgemm.plan_gemm(4, 40, 128, epilogue=epilogue)
 
 
 @needs_nvrtc
@@ -702,14 +746,17 @@ def test_gpu_capture_and_repeat(rng, what):
 
     out = cpgemm.gemm(a, b, epilogue=epilogue)
     wanted = bits(out)
-    from cpgemm.fused import _ready
+    from cpgemm import fused
 
-    cpgemm.gemm(a, b, out, epilogue=epilogue)
-    before = len(_ready)
     for _ in range(3):
-        assert bits(cpgemm.gemm(a, b, out, epilogue=epilogue)) == wanted
         assert bits(cpgemm.gemm(a, b, epilogue=epilogue)) == wanted
-    assert len(_ready) <= before + 3
+    cpgemm.gemm(a, b, out, epilogue=epilogue)
+    before = len(fused._ready)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(fused, "FusedResult")  # where rules are checked: not again
+        for _ in range(3):
+            assert bits(cpgemm.gemm(a, b, out, epilogue=epilogue)) == wanted
+    assert len(fused._ready) == before
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.Device().synchronize()
     with stream:

@@ -35,6 +35,13 @@ def test_earlier_folders_come_first_for_headers_of_later_ones(folders: tuple[Pat
     assert find_headers('#include "a.cuh"\n', [theirs])["b.cuh"] == theirs / "b.cuh"
 
 
+def test_a_header_in_another_encoding(folders: tuple[Path, Path]) -> None:
+    """The compiler takes any bytes in a comment; only lines that include matter here."""
+    mine, _ = folders
+    (mine / "b.cuh").write_bytes(b'// caf\xe9\n#include "sub/c.cuh"\n')
+    assert "sub/d.cuh" in find_headers('#include "b.cuh"\n', folders)
+
+
 def test_a_missing_header_is_placed(folders: tuple[Path, Path]) -> None:
     mine, _ = folders
     (mine / "b.cuh").write_text('\n#include "aa.cuh"\n')

@@ -42,3 +42,9 @@ def test_every_kernel_of_the_set_opens() -> None:
 def test_what_is_no_kernel(arguments: tuple, kind: type, message: str) -> None:
     with pytest.raises(kind, match=message):
         cpgemm.kernel(*arguments)
+
+
+@pytest.mark.parametrize("options", [{"out_dtype": "float32"}, {"accumulate": True}])
+def test_options_of_sizes_alone(options: dict) -> None:
+    with pytest.raises(ArgumentError, match="out_dtype, accumulate: belong to"):
+        cpgemm.kernel("dense_64x32_s16_w1_bfloat16", **options)

@@ -18,15 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doc_pages import run_blocks
+from doc_pages import PAGES, ROOT, name_of, run_blocks
 
 import cpgemm
 from cpgemm import __main__ as command_line
 from cpgemm import env, machine
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 ON_GPU = machine.why_no_hopper() is None
 
 
@@ -93,17 +91,22 @@ def test_the_order_of_sections() -> None:
     assert "make demo" in blocks("bash")[0] and "make test" in blocks("bash")[0]
 
 
-def test_commands_parse() -> None:
-    parser = command_line._parser()
-    commands = [
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of each command line of cpgemm in a page's blocks."""
+    return [
         shlex.split(line, comments=True)
-        for block in blocks("bash")
+        for block in blocks("bash", page.read_text(encoding="utf-8"))
         for line in block.splitlines()
         if line.startswith("python -m cpgemm")
     ]
-    assert {words[3] for words in commands} == {
+
+
+def test_commands_parse() -> None:
+    parser = command_line._parser()
+    assert {words[3] for words in commands_of(ROOT / "README.md")} == {
         "doctor", "demo", "explain", "render", "compile", "tune", "bench",
     }  # fmt: skip
+    commands = [words for page in PAGES for words in commands_of(page)]
     for words in commands:
         assert parser.parse_args(words[3:]).handler is not None, words
     kernels = subprocess.run(
@@ -118,7 +121,10 @@ def test_commands_parse() -> None:
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    assert set(re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE)) <= targets
+    for page in PAGES:
+        text = "\n".join(blocks("bash", page.read_text(encoding="utf-8")))
+        wanted = set(re.findall(r"^make (\w+)", text, re.MULTILINE))
+        assert wanted <= targets, (name_of(page), wanted - targets)
 
 
 def test_every_environment_variable_is_there() -> None:
@@ -132,7 +138,7 @@ def test_every_exception_is_there() -> None:
             assert f"{name}`" in README, name
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("document", PAGES, ids=name_of)
 def test_links_lead_somewhere(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)", text):
@@ -141,10 +147,13 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def test_names_of_files_and_kernels_in_documents_exist() -> None:
-    for document in DOCUMENTS:
-        for name in re.findall(r"`([\w./]+\.(?:py|cuh|j2))`", document.read_text(encoding="utf-8")):
+    for document in PAGES:
+        text = document.read_text(encoding="utf-8")
+        for name in re.findall(r"`([\w./]+\.(?:py|cuh|j2))`", text):
             folders = ("", "cpgemm", "cuda_src", "templates", "examples", "tests")
             assert any((ROOT / folder / name).exists() for folder in folders), (document, name)
+        for name in re.findall(r"examples/\w+\.py", text):
+            assert (ROOT / name).exists(), (document, name)
 
 
 # -------------------------------------------------------------------------------------- examples

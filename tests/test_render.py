@@ -80,6 +80,13 @@ def test_a_missing_template_suggests_one() -> None:
         render("tiny_.cu.j2", name="t", entry="t", values={})
 
 
+def test_a_missing_import_suggests_one(folder: Path) -> None:
+    (folder / "near.j2").write_text("")
+    (folder / "outer.cu.j2").write_text('{% from "nearr.j2" import x %}\n')
+    with pytest.raises(CompileError, match=r"'nearr\.j2' is not there\. Did you mean near\.j2"):
+        render("outer.cu.j2", name="t", entry="t", values={})
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "../a", "a b", ".a", "x" * 121])
 def test_a_name_must_be_a_file_name(name: str) -> None:
     with pytest.raises(ArgumentError, match="name: "):

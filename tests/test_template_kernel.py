@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from cpgemm.errors import (
 )
 from cpgemm.grouped_heuristics import grouped_configurations
 from cpgemm.heuristics import configurations
+from cpgemm.launch import PreparedLaunch, _laid_out
 from cpgemm.problem import GemmProblem
 from cpgemm.reference import gemm_reference
 from cpgemm.template_kernel import _parameter
@@ -127,6 +131,19 @@ def test_what_does_not_fit_together(tmp_path: Path, options: Any, message: str) 
         cpgemm.kernel_from_template(dense_copy(tmp_path), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"problem": (64, 64)}, r"problem: must be a GemmProblem or \(m, n, k\); got \(64, 64\)"),
+        ({"problem": [64, 64, 64]}, "problem: must be a GemmProblem or"),
+        ({"problem": SHAPE, "config": "dense"}, "config: must be a KernelConfig of any family"),
+    ],
+)
+def test_what_is_of_another_type(tmp_path: Path, options: Any, message: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=message):
+        cpgemm.kernel_from_template(dense_copy(tmp_path), **options)
+
+
 def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"path: must be a template's file; got '.*absent"):
         cpgemm.kernel_from_template(tmp_path / "absent.cu.j2", SHAPE)
@@ -154,10 +171,46 @@ def test_operands_of_the_cpu_are_refused(rng, tmp_path: Path) -> None:
     kernel = naive(SHAPE)
     with pytest.raises(ArgumentTypeError, match="a: must be on a GPU"):
         kernel(a, b)
+    with pytest.raises(ArgumentTypeError, match="a: must be a ScaledTensor"):
+        kernel(a.data, b)
     with pytest.raises(ArgumentError, match="must pose the kernel's GemmProblem"):
         naive((64, 520, 1040))(a, b)
     with pytest.raises(ArgumentError, match="a, b: must not be empty"):
         naive(None)(*operands(rng, 0, 64, 64))
+
+
+def test_a_launch_keeps_what_its_parameters_point_to(monkeypatch, rng) -> None:
+    """A workspace that ``arguments`` makes is not freed before the kernel has run."""
+    made: list[weakref.ref[np.ndarray]] = []
+
+    class Launch(PreparedLaunch):  # all but the driver's part
+        __slots__ = ()
+
+        def __init__(self, *given: Any, keep: object = None, **_: Any) -> None:
+            self._keep = (*_laid_out(given[3]), keep)
+
+    class OnGpu(np.ndarray):
+        device = contextlib.nullcontext()
+
+    def arguments(a: Any, b: Any, out: Any) -> Any:
+        workspace = np.empty(1024).view(OnGpu)
+        made.append(weakref.ref(workspace))
+        return (workspace,)
+
+    a, b = operands(rng, *SHAPE)
+    object.__setattr__(a, "data", a.data.view(OnGpu))
+    monkeypatch.setattr(template_kernel, "PreparedLaunch", Launch)
+    monkeypatch.setattr(template_kernel, "load_kernel", lambda source: None)
+    monkeypatch.setattr(template_kernel, "is_cupy", lambda x: isinstance(x, OnGpu))
+    kernel = naive(SHAPE)
+    assert kernel._own is not None
+    kernel._own = dataclasses.replace(kernel._own, arguments=arguments)
+    launch = kernel.prepare(a, b, cpgemm.gemm(*operands(rng, *SHAPE)))
+    gc.collect()
+    assert made[0]() is not None
+    del launch
+    gc.collect()
+    assert made[0]() is None
 
 
 @pytest.mark.skipif(machine.why_no_hopper() is None, reason="this machine has a GPU")
@@ -235,10 +288,9 @@ def test_calls_have_operands_of_their_own(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(template_kernel, "_gpu", lambda: np)
     monkeypatch.setattr(template_kernel.TemplateKernel, "prepare", prepare)
     kernel = naive((70, 72, 272))
-    assert len(kernel.calls()) == 32 and len(kernel.calls(sets=3)) == 3
-    for call in kernel.calls(sets=3):
+    for call in kernel.calls():
         call()
-    assert len(set(launched)) == 3
+    assert len(launched) == len(set(launched)) == 32
 
 
 # ----------------------------------------------------------------------------------------- launches
@@ -276,7 +328,7 @@ def test_gpu_accumulates(tmp_path: Path) -> None:
     template = cpgemm.plan_gemm(*SHAPE, accumulate=True).config.template
     kernel = cpgemm.kernel_from_template(dense_copy(tmp_path, template=template), problem)
     assert 0 < kernel.check().fraction <= 1
-    assert kernel.time(windows=1, window_ms=1.0, sets=2).median_us > 0
+    assert kernel.time(windows=1, window_ms=1.0).median_us > 0
 
 
 @pytest.mark.gpu

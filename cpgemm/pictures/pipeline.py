@@ -27,10 +27,13 @@ _GAP = 0.35  # inches between the two ends
 def pipeline(plan: GemmPlan, *, theme: str = "light") -> Figure:
     """Producer and consumers of one block over the ring of stages, for one tile.
 
-    Times are the model's (``heuristics.tile_times``): a stage lands as often as L2 or DRAM can
+    Times are the model's (``cost_model.tile_times``): a stage lands as often as L2 or DRAM can
     serve all blocks, a k-block takes its multiplications and promotions; the latency of a load and
     barriers are not drawn.  Of a tile with more than 16 k-blocks the first 10 and the last 4 are
     shown, at one scale.  Needs no GPU.
+
+    ``plan``: of ``plan_gemm``.  ``theme``: "light" or "dark"; anything else raises
+    ``ArgumentError``.
     """
     require_matplotlib()
     colors = theme_named(theme)

@@ -25,8 +25,9 @@ def roofline(source: Report | GemmPlan | Sequence[GemmPlan], *, theme: str = "li
     """TFLOPS against FLOP per byte, under the roofs of the machine.
 
     ``source``: a benchmark's report (every product that was timed, peers and floors included) or
-    plans of one machine, whose predicted times are drawn under the model's roofs.  Raises
-    ``ArgumentError`` when it holds nothing to draw, or plans of several machines.
+    plans of one machine, whose predicted times are drawn under the model's roofs.  ``theme``:
+    "light" or "dark".  Raises ``ArgumentTypeError`` for another ``source``, ``ArgumentError`` for
+    another theme, when there is nothing to draw, or for plans of several machines.
     """
     require_matplotlib()
     colors = theme_named(theme)
