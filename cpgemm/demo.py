@@ -25,7 +25,9 @@ import numpy as np
 
 from cpgemm import machine
 from cpgemm.console import positive
+from cpgemm.kernel_check import on_host
 from cpgemm.problem import OUT_DTYPES, GemmProblem
+from cpgemm.sampled_check import NAN_BITS, largest_errors, relative_error, select_rows, stratified
 from cpgemm.scaled import BLOCK, ScaledTensor
 from cpgemm.timing import Timing, rotations, summarize, time_host, time_interleaved
 
@@ -37,13 +39,7 @@ LAYERS = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168)
 _GPU_ROWS = (64, 128, 4096)
 _HOST_ROWS = (64,)
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 256, 512  # more than M / 64 and N / 64 of any layer above
-# Largest relative errors of a right result, against the exact and against the float product (see
-# docs/numerics.md).  Rounding to bfloat16 costs 0.0017 over many elements; of few each may be off
-# by half a unit in the last place, 2**-8, and a little more.  Rounding to e4m3 costs 0.03 to 0.04,
-# more where few sums cancel; beyond that is no rounding but a wrong scale.
-_LIMITS, _LIMITS_OF_FEW, _FEW = (0.002, 0.1), (0.004, 1.0), 1024
 _LONG_CALL_S = 1.0
-_NAN_BITS = 0xFFFF  # poison: a bfloat16 NaN, so that an element never written is found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +181,7 @@ def _on_gpu(problem: GemmProblem, activations: Any, weights: Any, sample: tuple[
     x, w = cupy.asarray(activations), cupy.asarray(weights)
 
     def fresh() -> tuple[ScaledTensor, ScaledTensor, Any]:
-        bits = cupy.full((problem.m, problem.n), _NAN_BITS, dtype=np.uint16)
+        bits = cupy.full((problem.m, problem.n), NAN_BITS, dtype=np.uint16)
         return cpgemm.quantize(x), cpgemm.quantize(w, (BLOCK, BLOCK)), bits
 
     def launch(a: ScaledTensor, b: ScaledTensor, bits: Any) -> Callable[[], object]:
@@ -255,12 +251,6 @@ def make_weights(n: int, k: int, rng: np.random.Generator) -> Any:
 # -------------------------------------------------------------------------------- the comparison
 
 
-def stratified(extent: int, count: int, rng: np.random.Generator) -> Any:
-    """Sorted indices below ``extent``: one at random from each of ``count`` equal stretches."""
-    edges = np.linspace(0, extent, min(count, extent) + 1).astype(np.int64)
-    return rng.integers(edges[:-1], edges[1:])
-
-
 def relative_errors(
     result: Any,
     activations: Any,
@@ -283,41 +273,6 @@ def relative_errors(
     floats = activations[rows].astype(np.float64) @ weights[columns].astype(np.float64).T
     got = result[np.ix_(rows, columns)].astype(np.float64)
     return relative_error(got, exact), relative_error(got, floats)
-
-
-def largest_errors(m: int, n: int) -> tuple[float, float]:
-    """Relative errors, exact and float, that a right (m, n) result may have."""
-    return _LIMITS if m * n >= _FEW else _LIMITS_OF_FEW
-
-
-def relative_error(got: Any, wanted: Any) -> float:
-    """Frobenius norm of the difference over that of ``wanted``; 0 for two zeros."""
-    difference, size = float(np.linalg.norm(got - wanted)), float(np.linalg.norm(wanted))
-    if size > 0:
-        return difference / size
-    return 0.0 if difference == 0 else float("inf")
-
-
-def select_rows(tensor: ScaledTensor, rows: Any) -> ScaledTensor:
-    """Some rows of a host tensor; a row of 128 x 128 blocks becomes a row of 1 x 128 blocks."""
-    return ScaledTensor.from_arrays(
-        tensor.data.view(np.uint8)[rows],
-        tensor.scales[rows // tensor.granularity[0]],
-        (1, BLOCK),
-        scale_format=tensor.scale_format,
-    )
-
-
-def on_host(tensor: ScaledTensor) -> ScaledTensor:
-    """A NumPy copy of a CuPy tensor."""
-    import cupy
-
-    return ScaledTensor.from_arrays(
-        cupy.asnumpy(tensor.data.view(np.uint8)),
-        cupy.asnumpy(tensor.scales),
-        tensor.granularity,
-        scale_format=tensor.scale_format,
-    )
 
 
 # -------------------------------------------------------------------------------------- the table

@@ -103,7 +103,9 @@ def _absolute(tensor: ScaledTensor) -> ScaledTensor:
 def on_host(x: Any) -> Any:
     """NumPy's of a CuPy array or of a ``ScaledTensor`` of them; NumPy's own as they are."""
     if isinstance(x, ScaledTensor):
-        return ScaledTensor.from_arrays(on_host(x.data), on_host(x.scales), x.granularity)
+        return ScaledTensor.from_arrays(
+            on_host(x.data), on_host(x.scales), x.granularity, scale_format=x.scale_format
+        )
     if not is_cupy(x):
         return x
     bits = {1: np.uint8, 2: np.uint16, 4: np.uint32}[x.itemsize]

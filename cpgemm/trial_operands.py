@@ -13,11 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from cpgemm.demo import largest_errors, relative_error, stratified
+from cpgemm.kernel_check import on_host
 from cpgemm.layout import BLOCK, Array, fp8_view, scale_pitch
 from cpgemm.problem import OUT_DTYPES, GemmProblem
 from cpgemm.quantize import quantize
 from cpgemm.reference import exact_product
+from cpgemm.sampled_check import (
+    NAN_BITS,
+    largest_errors,
+    relative_error,
+    select_rows,
+    stratified,
+)
 from cpgemm.scaled import ScaledTensor
 from cpgemm.timing import rotations
 
@@ -34,7 +41,6 @@ __all__ = [
 _POOL = 4194301  # prime, so that no two rows of a matrix repeat
 _ALIGNMENT = 256  # bytes, of every operand
 _SAMPLED_ROWS, _SAMPLED_COLUMNS = 32, 128  # of a result, the last ones besides
-_NAN_BITS = 0xFFFF  # a NaN of either dtype, so that what is not written shows
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def _repeated(values: Any, size: int, xp: Any) -> Array:
 
 def poison(out: Array) -> None:
     """Fill a result with NaN."""
-    out.view(np.uint16)[...] = _NAN_BITS
+    out.view(np.uint16)[...] = NAN_BITS
 
 
 def sample_of(problem: GemmProblem) -> tuple[Any, Any]:
@@ -152,7 +158,7 @@ def sample_of(problem: GemmProblem) -> tuple[Any, Any]:
 def wanted(one: OperandSet, sample: tuple[Any, Any]) -> Any:
     """The sampled elements of C + A @ B.T in float64."""
     rows, columns = sample
-    product = exact_product(_host_rows(one.a, rows), _host_rows(one.b, columns))
+    product = exact_product(select_rows(one.a, rows), select_rows(one.b, columns))
     if one.c is not None:
         product += _host_sample(one.c, sample)
     return product
@@ -171,21 +177,10 @@ def why_wrong(out: Array, sample: tuple[Any, Any], exact: Any) -> str | None:
 
 def _host_sample(array: Array, sample: tuple[Any, Any]) -> Any:
     rows, columns = sample
-    values = _host(array.view(_bits(array.dtype))[rows]).view(array.dtype)
+    values = on_host(array.view(_bits(array.dtype))[rows]).view(array.dtype)
     return values[:, columns].astype(np.float64)
-
-
-def _host_rows(tensor: ScaledTensor, rows: Any) -> ScaledTensor:
-    """Some rows on the host; those of 128 x 128 blocks get scales of their own."""
-    codes = _host(tensor.data.view(np.uint8)[rows])
-    scales = _host(tensor.scales[rows // tensor.granularity[0]])
-    return ScaledTensor.from_arrays(codes, scales, (1, BLOCK))
 
 
 def _bits(dtype: Any) -> Any:
     """Unsigned integers as wide as ``dtype``: CuPy has few kernels for bfloat16."""
     return np.uint16 if dtype.itemsize == 2 else np.uint32
-
-
-def _host(array: Array) -> Any:
-    return array if isinstance(array, np.ndarray) else array.get()

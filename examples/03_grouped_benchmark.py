@@ -265,7 +265,8 @@ def _device(values: Any) -> Any:
 
 def _check(name: str, a: Any, b: Any, out: Any, groups: list[tuple[int, int, int]]) -> None:
     """A sample of rows of every group, all columns, against float64 products on the host."""
-    from cpgemm.demo import on_host, relative_error
+    from cpgemm.kernel_check import on_host
+    from cpgemm.sampled_check import relative_error
 
     for group, begin, end in groups[:: max(1, len(groups) // 4)]:
         rows = np.unique(np.linspace(begin, end - 1, 8).astype(int))

@@ -23,10 +23,7 @@ from cpgemm.demo import (
     make_activations,
     make_weights,
     print_rows,
-    relative_error,
     relative_errors,
-    select_rows,
-    stratified,
 )
 from cpgemm.errors import ArgumentError
 from cpgemm.scaled import ScaledTensor
@@ -82,41 +79,10 @@ def test_weights_keep_the_size_of_activations(rng: np.random.Generator) -> None:
 # ----------------------------------------------------------------------------------- comparison
 
 
-@pytest.mark.parametrize("extent", [1, 7, 256, 257, 4096, 24576])
-def test_the_sample_meets_every_stretch(extent: int, rng: np.random.Generator) -> None:
-    count = min(extent, 256)
-    indices = stratified(extent, 256, rng)
-    assert indices.shape == (count,) and np.all(np.diff(indices) > 0)
-    assert indices[0] >= 0 and indices[-1] < extent
-    edges = np.linspace(0, extent, count + 1).astype(int)
-    assert np.all((edges[:-1] <= indices) & (indices < edges[1:]))
-
-
 def test_the_sample_meets_every_64_rows_and_columns_of_the_default_layers() -> None:
     for n, _ in demo.LAYERS:
         assert np.diff(np.linspace(0, n, demo._SAMPLE_COLUMNS + 1)).max() <= 64
     assert 4096 / demo._SAMPLE_ROWS <= 64
-
-
-def test_relative_error() -> None:
-    wanted = np.array([[3.0, 4.0]])
-    assert relative_error(np.array([[3.0, 4.5]]), wanted) == pytest.approx(0.1)
-    assert relative_error(np.zeros(2), np.zeros(2)) == 0.0
-    assert relative_error(np.ones(2), np.zeros(2)) == float("inf")
-    assert np.isnan(relative_error(np.array([np.nan, 1.0]), np.ones(2)))
-
-
-def test_few_elements_may_be_off_by_half_a_unit_each() -> None:
-    assert demo.largest_errors(4096, 2112) == demo.largest_errors(1, 1024) == (0.002, 0.1)
-    assert demo.largest_errors(1, 8)[0] > 2.0**-8
-
-
-def test_selected_rows_stand_for_the_same_values(rng: np.random.Generator) -> None:
-    weights = make_weights(300, 336, rng)
-    for granularity in ((1, 128), (128, 128)):
-        tensor = cpgemm.quantize(weights, granularity)
-        rows = np.array([0, 5, 127, 128, 299])
-        assert np.array_equal(select_rows(tensor, rows).dequantize(), tensor.dequantize()[rows])
 
 
 def test_errors_see_a_wrong_element_and_a_wrong_scale(rng: np.random.Generator) -> None:

@@ -16,8 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from cpgemm.bench.result import Case
-from cpgemm.demo import largest_errors, relative_error, stratified
+from cpgemm.kernel_check import on_host
 from cpgemm.quantize import quantize
+from cpgemm.sampled_check import NAN_BITS, largest_errors, relative_error, stratified
 from cpgemm.scaled import BLOCK, Array, ScaledTensor
 from cpgemm.timing import rotations
 
@@ -31,7 +32,6 @@ _SAMPLED_ROWS = 64  # of a dense result; of a grouped one, those of some groups 
 _SAMPLED_GROUPS = 4
 _LEAST_MASKED_ROWS = 512  # room for rows in each group of a masked product
 _FAST_ACCUMULATION = 0.02  # cuBLASLt drops bits of long sums when told to be fast
-_NAN_BITS = 0xFFFF  # a bfloat16 NaN, so that what is not written shows
 
 
 class Pool:
@@ -124,7 +124,7 @@ class Product:
 
     def poison(self) -> None:
         """Fill the first set's result with NaN."""
-        self.sets[0].out.view(np.uint16)[...] = _NAN_BITS
+        self.sets[0].out.view(np.uint16)[...] = NAN_BITS
 
     def error(self, *, by_blocks: bool = True) -> float:
         """Relative 2-norm error of the first set's result, NaN where elements are not numbers.
@@ -140,7 +140,7 @@ class Product:
         for group, rows in self.sample:
             bits = one.out.view(np.uint16)
             part = bits[group][rows] if bits.ndim == 3 else bits[rows]
-            got.append(_host(part).view(BFLOAT16).astype(np.float32))
+            got.append(on_host(part).view(BFLOAT16).astype(np.float32))
             wanted.append(self._wanted(group, by_blocks))
         return relative_error(np.concatenate(got), np.concatenate(wanted))
 
@@ -201,11 +201,7 @@ def _host_tensor(tensor: ScaledTensor, group: int, rows: Any, by_blocks: bool) -
     codes, scales = tensor.data.view(np.uint8), tensor.scales
     if tensor.ndim == 3:
         codes, scales = codes[group], scales[group]
-    codes, scales = _host(codes[rows]), _host(scales[rows])
+    codes, scales = on_host(codes[rows]), on_host(scales[rows])
     if not by_blocks:
         scales = np.ones_like(scales)
     return ScaledTensor.from_arrays(codes, scales, tensor.granularity)
-
-
-def _host(array: Array) -> Any:
-    return array if isinstance(array, np.ndarray) else array.get()

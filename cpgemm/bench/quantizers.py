@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,10 +13,11 @@ from cpgemm.bench.contenders import Contender
 from cpgemm.bench.operands import Pool
 from cpgemm.bench.result import Case, Row
 from cpgemm.bench.session import Session
-from cpgemm.demo import relative_error
 from cpgemm.errors import reject
+from cpgemm.kernel_check import on_host
 from cpgemm.quantize import quantize
 from cpgemm.quantize_kernels import QuantizeConfig
+from cpgemm.sampled_check import relative_error
 from cpgemm.scaled import BLOCK, Array, ScaledTensor, ScaleFormat
 from cpgemm.timing import rotations
 
@@ -76,9 +76,9 @@ def sampled_error(x: Array, got: ScaledTensor, how: How) -> float:
         # Whole blocks, so that a block of 128 x 128 is that of the sample.
         first = start // BLOCK * BLOCK
         rows = slice(first, first + BLOCK)
-        part = quantizer(how)(_host(x[rows]))
+        part = quantizer(how)(on_host(x[rows]))
         scales = got.scales[first // how[1][0] :][: part.scales.shape[0]]
-        sample = ScaledTensor.from_arrays(_host(codes[rows]), _host(scales), how[1])
+        sample = ScaledTensor.from_arrays(on_host(codes[rows]), on_host(scales), how[1])
         ours.append(sample.dequantize(np.float32))
         theirs.append(part.dequantize(np.float32))
     return relative_error(np.concatenate(ours), np.concatenate(theirs))
@@ -126,10 +126,3 @@ def _packed(tensor: ScaledTensor) -> Array:
 
 def _copy(x: Array) -> Array:
     return x.view(np.uint8).copy().view(x.dtype)
-
-
-def _host(array: Any) -> Any:
-    if isinstance(array, np.ndarray):
-        return array
-    bits = array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.itemsize])
-    return bits.get().view(array.dtype)
