@@ -9,6 +9,7 @@ where contiguous groups are large in the mean.  docs/performance.md has the meas
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict
 
 from cpgemm.config import AdaptiveKernelConfig, GroupedKernelConfig
 from cpgemm.cost_model import H200, Machine
@@ -37,15 +38,10 @@ def grouped_configurations(out_dtype: OutDtype) -> tuple[GroupedKernelConfig, ..
 
 def adaptive_configuration(tall: Tile, flat_n: int, out_dtype: OutDtype) -> AdaptiveKernelConfig:
     """A tall tile or a flat one of ``flat_n`` columns, with as many stages of each as fit."""
+    # An unroll of 1 is no slower than 2 or 3 here, and compiled sooner.
+    whole = deepest(GroupedKernelConfig, tall._replace(unroll=1), out_dtype)
     flat = deepest(GroupedKernelConfig, Tile(64, flat_n, 1), out_dtype)
-    return AdaptiveKernelConfig(
-        # An unroll of 1 is no slower than 2 or 3 here, and compiled sooner.
-        **tall._replace(unroll=1)._asdict(),
-        stages=deepest(GroupedKernelConfig, tall, out_dtype).stages,
-        out_dtype=out_dtype,
-        flat_n=flat_n,
-        flat_stages=flat.stages,
-    )
+    return AdaptiveKernelConfig(**asdict(whole), flat_n=flat_n, flat_stages=flat.stages)
 
 
 @functools.lru_cache(maxsize=4096)  # it stands on the path of every grouped call

@@ -24,11 +24,12 @@ __all__ = [
 
 _Config = TypeVar("_Config", bound=KernelConfig)
 
-_MOST_STAGES = 16
-
 
 class Tile(NamedTuple):
-    """The fields of a configuration that are chosen; the rest follows."""
+    """The fields of a configuration that are chosen; the rest follows.
+
+    ``most_stages``: more are not used even where they fit.
+    """
 
     block_m: int
     block_n: int
@@ -37,6 +38,7 @@ class Tile(NamedTuple):
     cluster_n: int = 1
     column_parts: int = 1
     unroll: int = 3
+    most_stages: int = 16
 
 
 # What won somewhere among what was tried: docs/performance.md.
@@ -52,9 +54,8 @@ _TILES = (
     Tile(128, 96, 2),
     Tile(128, 64, 2),
     Tile(64, 128, 2, column_parts=2),
-    Tile(64, 64, 2, column_parts=2),
+    Tile(64, 64, 1, unroll=8, most_stages=8),
     Tile(64, 32, 1),
-    Tile(64, 16, 1),
 )
 
 
@@ -62,20 +63,25 @@ _TILES = (
 def configurations(out_dtype: OutDtype) -> tuple[KernelConfig, ...]:
     """The finite set of dense kernels for one output dtype."""
     whole = (deepest(KernelConfig, tile, out_dtype) for tile in _TILES)
-    # Two blocks of five stages fit a multiprocessor: all clusters run at once.
-    split = [SplitKernelConfig(64, 64, 5, 1, out_dtype=out_dtype, splits=k) for k in (2, 4)]
+    # Two blocks of five stages fit a multiprocessor, of eight one: few clusters, but more in flight.
+    split = [
+        SplitKernelConfig(64, 64, stages, 1, out_dtype=out_dtype, splits=splits)
+        for splits, stages in ((2, 5), (2, 8), (4, 5))
+    ]
     if out_dtype == "bfloat16":
         split.append(SplitKernelConfig(128, 64, 7, 2, out_dtype=out_dtype, splits=2))
     return (*whole, *split)
 
 
 def deepest(kind: type[_Config], tile: Tile, out_dtype: OutDtype) -> _Config:
-    """The configuration of a tile with as many stages as fit."""
-    least = kind(stages=2, out_dtype=out_dtype, **tile._asdict())
+    """The configuration of a tile with as many stages as fit, or as it wants."""
+    fields = tile._asdict()
+    most_stages = fields.pop("most_stages")
+    least = kind(stages=2, out_dtype=out_dtype, **fields)
     operands = (tile.block_m + tile.block_n) * 128
     small = least.scale_rows * 4 + 64  # scales, barriers and a tile's place
     stages = 2 + (SHARED_LIMIT - least.shared_bytes) // (operands + small)
-    return replace(least, stages=min(stages, _MOST_STAGES))
+    return replace(least, stages=min(stages, most_stages))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@
 // store_staged issues the TMA stores of a staged warpgroup tile.
 // copy_staged  copies some of its rows with ordinary stores.
 // store_direct writes pairs of elements from registers: in float32 the 4 lanes of a quad fill whole
-//              32-byte sectors, in bfloat16 (a split kernel has no tile to stage) half of one.
+//              32-byte sectors, in bfloat16 half of one: quickest for a few rows.
+// store_quads  the same for bfloat16 after the lanes of a quad have exchanged words: 16 bytes a lane.
 #pragma once
 
 #include "ptx.cuh"
@@ -61,6 +62,36 @@ __device__ __forceinline__ void store_direct(
                 store_pair(line + column + 8 * j, total[4 * j + 2 * half], total[4 * j + 2 * half + 1]);
             }
         }
+    }
+}
+
+// The words of a quad of lanes, transposed: lane q gets word q of each, in the order of the lanes.
+__device__ __forceinline__ uint4 transpose_quad(u32 w0, u32 w1, u32 w2, u32 w3, int q) {
+    const bool upper = q & 2, odd = q & 1;
+    const u32 low = ptx::shuffle_xor(upper ? w0 : w2, 2), high = ptx::shuffle_xor(upper ? w1 : w3, 2);
+    w0 = upper ? low : w0, w1 = upper ? high : w1, w2 = upper ? w2 : low, w3 = upper ? w3 : high;
+    const u32 first = ptx::shuffle_xor(odd ? w0 : w1, 1), second = ptx::shuffle_xor(odd ? w2 : w3, 1);
+    return odd ? make_uint4(first, w1, second, w3) : make_uint4(w0, first, w2, second);
+}
+
+// For 16 or 32 columns; called by whole warps, arguments as for store_direct.
+template <int kN>
+__device__ __forceinline__ void store_quads(
+    const float (&total)[kN / 2], u16* d, long long pitch, int row, int column, int m, int n) {
+    static_assert(kN == 16 || kN == 32, "a lane has one unit of 16 bytes, or one in each of its rows");
+    const int q = threadIdx.x % 4;
+    u32 word[kN / 4];  // 2 j: of the first row, columns 8 j.., 2 j + 1: of the second
+#pragma unroll
+    for (int i = 0; i < kN / 4; ++i) word[i] = ptx::pack_bfloat16(total[2 * i], total[2 * i + 1]);
+    const auto store = [&](const uint4& unit, int own_row, int own_column) {
+        if (own_row < m && own_column < n) *reinterpret_cast<uint4*>(d + own_row * pitch + own_column) = unit;
+    };
+    column -= 2 * q;
+    if constexpr (kN == 32) {
+        store(transpose_quad(word[0], word[2], word[4], word[6], q), row, column + 8 * q);
+        store(transpose_quad(word[1], word[3], word[5], word[7], q), row + 8, column + 8 * q);
+    } else {
+        store(transpose_quad(word[0], word[2], word[1], word[3], q), row + q / 2 * 8, column + q % 2 * 8);
     }
 }
 

@@ -38,7 +38,7 @@ __device__ __forceinline__ void grouped_produce(
     int k_blocks, int lane, u32 rank) {
     using Tile = typename Form::Tile;
     Producer<Tile> producer{
-        shared.main, &map_a, &map_scale_a, &map_b, 1, Form::kRowBox, 1, Form::kScaleBox, k_blocks, lane, rank};
+        shared.main, &map_a, &map_scale_a, &map_b, 1, Form::kRowBox, 1, Form::kScaleBox, lane, rank};
     typename Form::Scheduler tiles(problem, tiles_before, lane, rank);
     const int scale_rows = (problem.n + 127) / 128;
     const bool masked = problem.layout == kMasked;
@@ -61,7 +61,7 @@ __device__ __forceinline__ void grouped_produce(
         }
         producer.load(
             tile.row, tile.group * problem.n + tile.column, scale_x - shift, masked ? tile.group * k_blocks : 0,
-            scale_b + static_cast<long long>(scale_row) * k_blocks);
+            scale_b + static_cast<long long>(scale_row) * k_blocks, 0, k_blocks);
     }
     producer.wait_empty();
     u64* full = &shared.main.ring.full[producer.position.stage];

@@ -72,7 +72,7 @@ struct Producer {
     int row_boxes, box_rows;      // boxes of map_a that a stage takes, and rows in each, with multicast those
                                   // that the blocks of the cluster load together
     int scale_boxes, scale_rows;  // how many boxes of map_scale_a a stage takes, and scales in each
-    int k_blocks, lane;
+    int lane;
     u32 rank;
     StagePosition<Tile::kStages> position{};
 
@@ -85,26 +85,26 @@ struct Producer {
                scale_boxes * scale_rows * static_cast<int>(sizeof(float));
     }
 
-    // Arms the stages of a block's first tile and loads its rows of B, ahead of everything else; returns how
-    // many k-blocks that are.
-    __device__ __forceinline__ int load_early(int column) {
-        const int early = min(k_blocks, Tile::kStages);
-        for (int kb = 0; kb < early && lane == 0; ++kb) {
-            ptx::mbarrier_arrive_expect_tx(&shared.ring.full[kb], stage_bytes());
-            load_b(kb, kb * Tile::kBlockK, column, &shared.ring.full[kb]);
+    // Arms the stages of a block's first tile and loads its rows of B, ahead of everything else: of k-blocks
+    // `from` to `to` as many as there are stages. Returns the first one that is left.
+    __device__ __forceinline__ int load_early(int column, int from, int to) {
+        const int early = min(to - from, Tile::kStages);
+        for (int s = 0; s < early && lane == 0; ++s) {
+            ptx::mbarrier_arrive_expect_tx(&shared.ring.full[s], stage_bytes());
+            load_b(s, (from + s) * Tile::kBlockK, column, &shared.ring.full[s]);
         }
-        return early;
+        return from + early;
     }
 
-    // Loads rows row.. of A and rows column.. of B, those of the first `early` k-blocks excepted. The scales of
+    // Loads k-blocks `from` to `to` of rows row.. of A and rows column.. of B, of B those before `early` excepted. The scales of
     // A lie at column scale_x, rows scale_y.., of their map; `scale_b` points to this lane's row of column
     // scales. TMA wants the first byte of a box at a multiple of 16: scale_x is a multiple of 4, or the GPU
     // stops with an illegal instruction.
     __device__ __forceinline__ void load(
-        int row, int column, int scale_x, int scale_y, const float* scale_b, int early = 0) {
+        int row, int column, int scale_x, int scale_y, const float* scale_b, int from, int to, int early = 0) {
         const u32 bytes = stage_bytes();
 #pragma unroll 1
-        for (int kb = 0; kb < k_blocks; ++kb) {
+        for (int kb = from; kb < to; ++kb) {
             const int s = position.stage;
             u64* full = &shared.ring.full[s];
             wait_empty();

@@ -170,6 +170,9 @@ __device__ __forceinline__ void grid_launch_dependents() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+// The value of lane (own ^ mask); all lanes of the warp take part.
+__device__ __forceinline__ u32 shuffle_xor(u32 value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
 // ---- conversion and shared-memory stores ----------------------------------------------------
 
 // Packs two float32 into bfloat16, round to nearest even; `low` goes to the lower half.

@@ -34,4 +34,7 @@ struct TileScheduler {
         next += gridDim.x / (kClusterM * kClusterN);
         return true;
     }
+
+    // Whether no tile follows the present one.
+    __device__ __forceinline__ bool last() const { return next >= rows * columns; }
 };

@@ -2,7 +2,8 @@
 //
 // bfloat16  stages them in the warpgroup's part of shared memory and lets TMA store them; the store runs
 //           on under the next tile's main loop and is waited for before the buffer is used again.
-// float32   stores from registers.
+// float32   stores from registers; so does bfloat16 for tiles of 64 rows with a few rows in them: one warp
+//           has them all, and the way through shared memory takes longer than its narrow stores.
 //
 // The named barrier 1 + warpgroup (128 threads) guards the buffer.
 #pragma once
@@ -14,6 +15,7 @@
 template <class Tile, int kChunk>
 struct TileStore {
     using Element = typename Tile::Element;
+    static constexpr int kDirectRows = 16;
     static constexpr int kWaveBytes = 64 * Tile::kWaveN * 2;  // of one wave in the staging buffer
 
     const TensorMap& map_d;
@@ -35,35 +37,18 @@ struct TileStore {
         const typename Consumer<Tile>::Total& total, int row, int row_end, int column, bool foreign) {
         const int thread = own_thread(), warp = thread / 32, lane = thread % 32;
         if constexpr (Tile::kStaged) {
-            if (issuer()) ptx::tma_store_wait_read();
-            ptx::named_barrier(1 + warpgroup, 128);
-#pragma unroll
-            for (int wave = 0; wave < Tile::kWaves; ++wave) {
-                epilogue::stage_bf16<Tile::kWaveN, 64, kChunk>(
-                    total[wave], ptx::shared_address(buffer) + wave * kWaveBytes, warp * 16, lane);
-            }
-            ptx::fence_async_shared();
-            ptx::named_barrier(1 + warpgroup, 128);
-#pragma unroll
-            for (int wave = 0; wave < Tile::kWaves; ++wave) {
-                const int first = row + wave * Tile::kWaveStride;
-                const u8* staged = buffer + wave * kWaveBytes;
-                if (foreign && row_end - first < 64) {
-                    epilogue::copy_staged<Tile::kWaveN, 64, kChunk>(
-                        staged, d + first * pitch + column, pitch, row_end - first, n - column);
-                    __syncwarp();  // lanes leave the copy at different times; wgmma needs them together
-                } else if (issuer()) {
-                    epilogue::store_staged<Tile::kWaveN, 64, kChunk>(map_d, staged, first, column, row_end, n);
-                }
-            }
-        } else {
-            const int own_row = row + warp * 16 + lane / 4, own_column = column + 2 * (lane % 4);
-#pragma unroll
-            for (int wave = 0; wave < Tile::kWaves; ++wave) {
-                epilogue::store_direct<Tile::kWaveN>(
-                    total[wave], d, pitch, own_row + wave * Tile::kWaveStride, own_column, row_end, n);
+            if (!direct(row_end - row)) {
+                store_staged(total, row, row_end, column, foreign, warp, lane);
+                return;
             }
         }
+        const int own_row = row + warp * 16 + lane / 4, own_column = column + 2 * (lane % 4);
+#pragma unroll
+        for (int wave = 0; wave < Tile::kWaves; ++wave) {
+            epilogue::store_direct<Tile::kWaveN>(
+                total[wave], d, pitch, own_row + wave * Tile::kWaveStride, own_column, row_end, n);
+        }
+        __syncwarp();  // some lanes have no rows; wgmma needs them together
     }
 
     // What Consumer::multiply_shared leaves: the wave at `row`, and of the one at last_row this warpgroup's
@@ -95,6 +80,33 @@ struct TileStore {
     // Before the block ends: its shared memory may still be read by the copy engine.
     __device__ __forceinline__ void drain() {
         if (Tile::kStaged && issuer()) ptx::tma_store_wait_read();
+    }
+
+    static __device__ __forceinline__ bool direct(int rows) { return Tile::kBlockM == 64 && rows <= kDirectRows; }
+
+    __device__ __forceinline__ void store_staged(
+        const typename Consumer<Tile>::Total& total, int row, int row_end, int column, bool foreign, int warp, int lane) {
+        if (issuer()) ptx::tma_store_wait_read();
+        ptx::named_barrier(1 + warpgroup, 128);
+#pragma unroll
+        for (int wave = 0; wave < Tile::kWaves; ++wave) {
+            epilogue::stage_bf16<Tile::kWaveN, 64, kChunk>(
+                total[wave], ptx::shared_address(buffer) + wave * kWaveBytes, warp * 16, lane);
+        }
+        ptx::fence_async_shared();
+        ptx::named_barrier(1 + warpgroup, 128);
+#pragma unroll
+        for (int wave = 0; wave < Tile::kWaves; ++wave) {
+            const int first = row + wave * Tile::kWaveStride;
+            const u8* staged = buffer + wave * kWaveBytes;
+            if (foreign && row_end - first < 64) {
+                epilogue::copy_staged<Tile::kWaveN, 64, kChunk>(
+                    staged, d + first * pitch + column, pitch, row_end - first, n - column);
+                __syncwarp();  // lanes leave the copy at different times; wgmma needs them together
+            } else if (issuer()) {
+                epilogue::store_staged<Tile::kWaveN, 64, kChunk>(map_d, staged, first, column, row_end, n);
+            }
+        }
     }
 
     __device__ __forceinline__ bool issuer() const { return threadIdx.x % 128 == 0; }

@@ -114,16 +114,18 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
         if (kConsumers > 1) ptx::registers_decrease<kProducerRegisters>();
         if (warp == 0) {
             Producer<Tile> producer{
-                shared, &map_a, &map_scale_a, &map_b, 1, rows_loaded, 1, rows_loaded, k_blocks, lane, rank};
+                shared, &map_a, &map_scale_a, &map_b, 1, rows_loaded, 1, rows_loaded, lane, rank};
             bool more = tiles.advance();
-            int early = static_b && more ? producer.load_early(tiles.block_n * kBlockN) : 0;
+            int early = static_b && more ? producer.load_early(tiles.block_n * kBlockN, 0, k_blocks) : 0;
             ptx::grid_dependency_wait();
             for (; more; more = tiles.advance(), early = 0) {
                 const int row = tiles.block_m * kBlockM, column = tiles.block_n * kBlockN;
                 const int scale_row = min((column + lane * kSegment) / 128, (n - 1) / 128);
-                producer.load(row, column, row, 0, scale_b + static_cast<long long>(scale_row) * k_blocks, early);
+                // What comes next may be set up while this block's last tile is on its way.
+                if (tiles.last()) ptx::grid_launch_dependents();
+                producer.load(
+                    row, column, row, 0, scale_b + static_cast<long long>(scale_row) * k_blocks, 0, k_blocks, early);
             }
-            ptx::grid_launch_dependents();
         }
     } else {
         if (kConsumers > 1) ptx::registers_increase<kConsumerRegisters>();
