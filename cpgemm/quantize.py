@@ -26,6 +26,7 @@ from cpgemm.calls import ReadyCalls, signature
 from cpgemm.dlpack import Framework, as_native, framework_of
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.launch import PreparedLaunch
+from cpgemm.problem import check_scaled_out
 from cpgemm.quantize_kernels import INPUT_DTYPES, MAX_GRID_YZ, QuantizeConfig, quantize_sources
 from cpgemm.scaled import (
     BLOCK,
@@ -34,14 +35,15 @@ from cpgemm.scaled import (
     ScaledTensor,
     ScaleFormat,
     array_module,
-    byte_range,
-    check_granularity,
-    check_scale_format,
-    device_of,
     empty_scaled,
     is_cupy,
     pointer,
-    require_scaled,
+)
+from cpgemm.scaled_rules import (
+    check_axes,
+    check_block_axis,
+    check_granularity,
+    check_scale_format,
 )
 from cpgemm.streams import working_stream
 
@@ -105,16 +107,16 @@ def _quantize(
     check_scale_format(scale_format)
     _check_type(x)
     if pair == (BLOCK, 1):
-        _check_block_axis(x.shape[-2])
+        check_block_axis(x.shape[-2])
         if out is not None:
-            _check_out(x, out, pair, scale_format)
+            check_scaled_out(out, x.shape, pair, scale_format, {"x": x})
         turned = _with_contiguous_rows(x.swapaxes(-1, -2))
         turned_out = None if out is None else out.T
         return _quantize(turned, (1, BLOCK), scale_format, turned_out, framework).T
-    _check_block_axis(x.shape[-1])
+    check_block_axis(x.shape[-1])
     _check_rows(x)
     if out is not None:
-        _check_out(x, out, pair, scale_format)
+        check_scaled_out(out, x.shape, pair, scale_format, {"x": x})
     if is_cupy(x):
         return _quantize_on_device(x, pair, scale_format, out, framework)
     result = out if out is not None else empty_scaled(x.shape, pair, scale_format, framework, x)
@@ -294,23 +296,7 @@ def _check_type(x: Array) -> None:
             "Convert it with astype.",
             kind=ArgumentTypeError,
         )
-    if x.ndim not in (2, 3):
-        reject(
-            "x",
-            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
-            f"{x.ndim} axes, shape {x.shape}",
-            "Reshape it.",
-        )
-
-
-def _check_block_axis(extent: int) -> None:
-    if extent % 16:
-        reject(
-            "x",
-            "its extent along the 128 values that share a scale must be a multiple of 16",
-            extent,
-            "Pad it with zeros.",
-        )
+    check_axes("x", x.shape)
 
 
 def _check_rows(x: Array) -> None:
@@ -346,44 +332,3 @@ def _check_device_layout(argument: str, array: Array) -> None:
             f"shape {array.shape}",
             "Quantise it by parts.",
         )
-
-
-def _check_out(
-    x: Array, out: ScaledTensor, granularity: Granularity, scale_format: ScaleFormat
-) -> None:
-    require_scaled("out", out, "Leave it out to have one made.")
-    wanted = (tuple(x.shape), granularity, scale_format, device_of(x))
-    if (out.shape, out.granularity, out.scale_format, out.device) != wanted:
-        reject(
-            "out",
-            "must have the shape {}, granularity {}, format {!r} and device {!r}".format(*wanted),
-            repr(out),
-            "Leave it out to have one made.",
-        )
-    if not (out if granularity != (BLOCK, 1) else out.T).is_k_major:
-        reject(
-            "out",
-            "must have 16-byte aligned rows along the blocks and scales in their standard layout",
-            f"{out!r} with strides {out.data.strides} and {out.scales.strides}",
-            "Leave it out to have one made.",
-        )
-    for name, array in (("data", out.data), ("scales", out.scales)):
-        if not is_cupy(array) and not array.flags.writeable:
-            reject("out", "must be writable", f"read-only {name}", "Give a copy.")
-        if _overlap(x, array):
-            reject(
-                "out",
-                "must not overlap x",
-                f"{name} at {_hexadecimal(array)}, x at {_hexadecimal(x)}",
-                "Give memory of its own.",
-            )
-
-
-def _overlap(a: Array, b: Array) -> bool:
-    (a_low, a_high), (b_low, b_high) = byte_range(a), byte_range(b)
-    return a_low < b_high and b_low < a_high
-
-
-def _hexadecimal(array: Array) -> str:
-    low, high = byte_range(array)
-    return f"{low:#x}..{high:#x}"

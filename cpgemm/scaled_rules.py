@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cpgemm.errors import ArgumentTypeError, reject
@@ -17,7 +19,14 @@ from cpgemm.layout import (
     scale_shape,
 )
 
-__all__ = ["check_data", "check_granularity", "check_scale_format", "check_scales"]
+__all__ = [
+    "check_axes",
+    "check_block_axis",
+    "check_data",
+    "check_granularity",
+    "check_scale_format",
+    "check_scales",
+]
 
 
 def check_granularity(granularity: object) -> Granularity:
@@ -44,6 +53,28 @@ def check_scale_format(scale_format: object) -> None:
         )
 
 
+def check_axes(name: str, shape: Sequence[int]) -> None:
+    """A matrix or groups of them."""
+    if len(shape) not in (2, 3):
+        reject(
+            name,
+            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
+            f"{len(shape)} axes, shape {tuple(shape)}",
+            "Reshape it.",
+        )
+
+
+def check_block_axis(extent: int) -> None:
+    """Values of ``x``, which is to be quantised, along the axis whose blocks have 128."""
+    if extent % 16:
+        reject(
+            "x",
+            "its extent along the 128 values that share a scale must be a multiple of 16",
+            extent,
+            "Pad it with zeros.",
+        )
+
+
 def check_data(data: Array) -> None:
     """Codes: kind, dtype, axes, contiguity."""
     if not is_array(data):
@@ -63,13 +94,7 @@ def check_data(data: Array) -> None:
             "ScaledTensor.from_arrays.",
             kind=ArgumentTypeError,
         )
-    if data.ndim not in (2, 3):
-        reject(
-            "data",
-            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
-            f"{data.ndim} axes, shape {data.shape}",
-            "Reshape it.",
-        )
+    check_axes("data", data.shape)
     if not (is_k_contiguous(data) or is_k_contiguous(data.swapaxes(-1, -2))):
         reject(
             "data",

@@ -15,6 +15,7 @@ from torch import Tensor
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.group_index import GroupLayout, index_length, index_name
 from cpgemm.layout import BLOCK, Granularity, scale_pitch, scale_shape
+from cpgemm.scaled_rules import check_axes, check_block_axis
 
 __all__ = [
     "OUTPUTS",
@@ -155,21 +156,8 @@ def check_index(layout: GroupLayout, index: Tensor, a: Tensor, b: Tensor) -> Non
 def check_quantizable(x: Tensor, granularity: Granularity) -> None:
     """What the quantiser takes."""
     check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
-    if x.dim() not in (2, 3):
-        reject(
-            "x",
-            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
-            f"shape {tuple(x.shape)}",
-            "Reshape it.",
-        )
-    extent = x.shape[-2 if granularity == (BLOCK, 1) else -1]
-    if extent % 16:
-        reject(
-            "x",
-            "its extent along the 128 values that share a scale must be a multiple of 16",
-            extent,
-            "Pad it with zeros.",
-        )
+    check_axes("x", x.shape)
+    check_block_axis(x.shape[-2 if granularity == (BLOCK, 1) else -1])
 
 
 def check_linear(name: str, x: Tensor, weight: Tensor, scales: Tensor | None, axis: int) -> None:
