@@ -1,4 +1,4 @@
-"""The rules that data and scales of a ``ScaledTensor`` must obey, and their messages."""
+"""Rules for a ``ScaledTensor``, for what becomes one and for operands by shape, with messages."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ __all__ = [
     "check_block_axis",
     "check_data",
     "check_granularity",
+    "check_operand_shapes",
     "check_scale_format",
     "check_scales",
 ]
@@ -73,6 +74,36 @@ def check_block_axis(extent: int) -> None:
             extent,
             "Pad it with zeros.",
         )
+
+
+def check_operand_shapes(
+    names: tuple[str, str],
+    a_shape: Sequence[int],
+    b_shape: Sequence[int],
+    a_form: str,
+    b_form: str,
+) -> None:
+    """Data of both operands, as other libraries' operators take them.
+
+    ``names``: what messages call them.  The forms are what they must look like, like "(M, K)".
+    """
+    for name, shape, form in zip(names, (a_shape, b_shape), (a_form, b_form), strict=True):
+        axes = form.count(",") + 1
+        if len(shape) != axes:
+            reject(name, f"must have {axes} axes {form}", f"shape {tuple(shape)}", "Reshape it.")
+    a, b = names
+    if a_shape[-1] != b_shape[-1]:
+        reject(
+            b,
+            f"must have as many columns (K) as {a}, {a_shape[-1]}",
+            f"shape {tuple(b_shape)}",
+            f"Both operands are K-last: give it as {b_form}.",
+        )
+    if a_shape[-1] % 16:
+        mend = "Pad the values with zeros along K before quantising."
+        reject(a, "K must be a multiple of 16", a_shape[-1], mend)
+    if b_shape[-2] % 8:
+        reject(b, "N must be a multiple of 8", b_shape[-2], "Pad it with zero rows.")
 
 
 def check_data(data: Array) -> None:
