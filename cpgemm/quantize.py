@@ -248,9 +248,9 @@ def _quantize_on_device(x: Array, task: _Task, out: ScaledTensor | None) -> Scal
         if launch is None:
             launch = _prepared(x, task, result)
             _ready.put(key, launch)
-            if len(_seen) >= _MOST_SEEN:
-                _seen.clear()
-            _seen.add(task)
+        if len(_seen) >= _MOST_SEEN:
+            _seen.clear()
+        _seen.add(task)
         launch()
     return result
 
