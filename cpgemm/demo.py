@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import random
 import shutil
 import textwrap
 import time
@@ -27,6 +26,7 @@ from cpgemm import machine
 from cpgemm.console import positive
 from cpgemm.kernel_check import on_host
 from cpgemm.problem import OUT_DTYPES, GemmProblem
+from cpgemm.random_data import seed_or_fresh
 from cpgemm.sampled_check import NAN_BITS, largest_errors, relative_error, select_rows, stratified
 from cpgemm.scaled import BLOCK, ScaledTensor
 from cpgemm.timing import Timing, rotations, summarize, time_host, time_interleaved
@@ -82,8 +82,7 @@ def main(args: argparse.Namespace) -> int:
     asked = getattr(args, "m", None)
     heights = tuple(asked or (_HOST_ROWS if why else _GPU_ROWS))
     layers = tuple(getattr(args, "shape", None) or LAYERS)
-    seed = getattr(args, "seed", None)
-    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+    seed = seed_or_fresh(getattr(args, "seed", None))
     # Every size is checked before the first is computed.
     problems = [[GemmProblem(m, n, k) for m in heights] for n, k in layers]
     record = machine.describe()

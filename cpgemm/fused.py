@@ -10,8 +10,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from cpgemm.calls import ReadyCalls, signature, working_framework
 from cpgemm.compiler import CompiledKernel, compile_kernel
 from cpgemm.cost_model import Machine
@@ -21,7 +19,7 @@ from cpgemm.epilogue_step import Epilogue, Field, output_of, require_epilogue
 from cpgemm.errors import reject
 from cpgemm.fused_result import FusedResult
 from cpgemm.grouped_problem import GroupedProblem
-from cpgemm.grouped_reference import row_ranges
+from cpgemm.grouped_reference import group_products, zero_padding
 from cpgemm.kernels import gemm_source
 from cpgemm.launch import PreparedLaunch
 from cpgemm.plan import fused_plan
@@ -262,7 +260,9 @@ def fused_grouped(
     if not is_cupy(a.data):
         if made:
             out = native_out = result.make("numpy", a.data)
-        _grouped_on_host(problem, a, b, result, native_out, index)
+        for group, rows, values in group_products(problem, a, b, index, "float32"):
+            result.write(values, native_out, rows, group)
+        zero_padding(problem, native_out, index)
         return _returned(a, out, made)
     framework = working_framework(a, b, out, given_index, *epilogue.arrays)
     device = a.data.data.device_id
@@ -280,29 +280,3 @@ def fused_grouped(
                 _ready.put(key, launch)
             launch()
         return _returned(a, out, made)
-
-
-def _grouped_on_host(
-    problem: GroupedProblem,
-    a: ScaledTensor,
-    b: ScaledTensor,
-    result: FusedResult,
-    out: Any,
-    index: Array,
-) -> None:
-    """NumPy: each group's rows through ``gemm_reference`` and the epilogue."""
-    ranges = row_ranges(problem, index)
-    for group, begin, end in ranges:
-        codes, scales, first = a.data, a.scales, 0
-        if problem.layout == "masked":
-            codes, scales, first = codes[group], scales[group], group * problem.m
-        mine = slice(begin - first, end - first)
-        rows = ScaledTensor.from_arrays(codes[mine], scales[mine], a.granularity)
-        matrix = ScaledTensor.from_arrays(b.data[group], b.scales[group], b.granularity)
-        values = gemm_reference(rows, matrix, out_dtype="float32")
-        result.write(values, out, slice(begin, end), group)
-    if problem.fill_padding:
-        covered = np.zeros(problem.rows, bool)
-        for _, begin, end in ranges:
-            covered[begin:end] = True
-        out[~covered] = 0

@@ -10,8 +10,7 @@ from cpgemm.dlpack import Framework, empty
 from cpgemm.epilogue_spec import EpilogueSpec
 from cpgemm.epilogue_step import Epilogue, Field, operand
 from cpgemm.grouped_problem import check_grouped_out, check_groups_adjacent
-from cpgemm.moe_rules import check_scaled_out
-from cpgemm.problem import OUT_DTYPES, check_matrix, check_no_overlap
+from cpgemm.problem import OUT_DTYPES, check_matrix, check_no_overlap, check_scaled_out
 from cpgemm.quantize import quantize
 from cpgemm.scaled import (
     BLOCK,
@@ -40,7 +39,7 @@ class FusedResult:
     def check(self, out: Any, a: ScaledTensor, read: dict[str, Any]) -> None:
         """The rules for ``out``, as ``as_native`` gives it; ``read``: what it must not overlap."""
         if self.spec.quantize:
-            check_scaled_out(out, self.shape, self.scale_format, read)
+            check_scaled_out(out, self.shape, (1, BLOCK), self.scale_format, read)
             if len(self.shape) == 3:
                 check_groups_adjacent("out", out.data)
         elif len(self.shape) == 3:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from cpgemm.grouped_problem import GroupedProblem
-from cpgemm.problem import OUT_DTYPES
+from cpgemm.problem import OUT_DTYPES, OutDtype
 from cpgemm.reference import gemm_reference
 from cpgemm.scaled import BLOCK, Array, ScaledTensor
 
-__all__ = ["grouped_reference", "row_ranges"]
+__all__ = ["group_products", "grouped_reference", "row_ranges", "zero_padding"]
 
 
 def grouped_reference(
@@ -24,21 +26,39 @@ def grouped_reference(
     """
     if out is None:
         out = np.empty(problem.shape, OUT_DTYPES[problem.out_dtype])
-    ranges = row_ranges(problem, index)
-    for group, begin, end in ranges:
-        codes, scales, target = a.data, a.scales, out
-        if problem.layout == "masked":
-            codes, scales, target = codes[group], scales[group], target[group]
-            begin, end = begin - group * problem.m, end - group * problem.m
-        rows = ScaledTensor.from_arrays(codes[begin:end], scales[begin:end], a.granularity)
+    for group, rows, product in group_products(problem, a, b, index, problem.out_dtype):
+        _rows_of(problem, out, group, rows)[...] = product
+    zero_padding(problem, out, index)
+    return out
+
+
+def group_products(
+    problem: GroupedProblem, a: ScaledTensor, b: ScaledTensor, index: Array, out_dtype: OutDtype
+) -> Iterator[tuple[int, slice, Array]]:
+    """(group, rows, a[rows] @ b[group].T) of each run of rows, as ``row_ranges`` has them."""
+    for group, begin, end in row_ranges(problem, index):
+        rows = slice(begin, end)
+        codes, scales = (_rows_of(problem, array, group, rows) for array in (a.data, a.scales))
+        mine = ScaledTensor.from_arrays(codes, scales, a.granularity)
         matrix = ScaledTensor.from_arrays(b.data[group], b.scales[group], b.granularity)
-        target[begin:end] = gemm_reference(rows, matrix, out_dtype=problem.out_dtype)
+        yield group, rows, gemm_reference(mine, matrix, out_dtype=out_dtype)
+
+
+def _rows_of(problem: GroupedProblem, array: Array, group: int, rows: slice) -> Array:
+    """These rows of A, its scales or D, a view: ``rows`` counts through all of a masked one."""
+    if problem.layout != "masked":
+        return array[rows]
+    first = group * problem.m
+    return array[group, rows.start - first : rows.stop - first]
+
+
+def zero_padding(problem: GroupedProblem, out: Array, index: Array) -> None:
+    """Zero the rows of ``out`` outside every group if ``problem`` asks for it."""
     if problem.fill_padding:
         covered = np.zeros(problem.rows, bool)
-        for _, begin, end in ranges:
+        for _, begin, end in row_ranges(problem, index):
             covered[begin:end] = True
         out[~covered] = 0
-    return out
 
 
 def row_ranges(problem: GroupedProblem, index: Array) -> list[tuple[int, int, int]]:

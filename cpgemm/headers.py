@@ -5,14 +5,24 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cpgemm.errors import CompileError
 
-__all__ = ["digest", "find_headers"]
+__all__ = ["Header", "digest", "find_headers"]
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(?:"([^"\n]+)"|<([^>\n]+)>)', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header as it was when the kernel was rendered: name in an include, path, contents."""
+
+    name: str
+    path: str
+    content: bytes
 
 
 def _in_words(includer: str, _line: int) -> str:
@@ -21,8 +31,8 @@ def _in_words(includer: str, _line: int) -> str:
 
 def find_headers(
     text: str, folders: Sequence[Path], place: Callable[[str, int], str] = _in_words
-) -> dict[str, Path]:
-    """The headers that ``text`` includes, directly or not: name below a folder -> its file.
+) -> tuple[Header, ...]:
+    """The headers that ``text`` includes, directly or not, each read once.
 
     ``folders`` are searched in their order, as if all of them were one, so that a header in an
     earlier one takes the place of its namesake for other headers too.  In the order of their first
@@ -31,7 +41,7 @@ def find_headers(
     left out.  Raises ``CompileError`` for a missing ``"..."`` name; ``place`` says what includes
     it, from the includer's name ("" for ``text``) and the line in it.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, Header] = {}
 
     def visit(source: str, includer: str) -> None:
         folder = PurePosixPath(includer).parent
@@ -44,21 +54,21 @@ def find_headers(
                 raise CompileError(_missing_header(folders, match[1], place(includer, line)))
             name, path = header
             if name not in found:
-                found[name] = path
-                visit(path.read_text(encoding="utf-8", errors="replace"), name)
+                content = path.read_bytes()
+                found[name] = Header(name, str(path), content)
+                visit(content.decode("utf-8", "replace"), name)
 
     visit(text, "")
-    return found
+    return tuple(found.values())
 
 
-def digest(text: str, headers: Mapping[str, bytes]) -> str:
+def digest(text: str, headers: Iterable[Header]) -> str:
     """sha256 (hex) of a kernel's text and of its headers, by name and contents."""
     found = hashlib.sha256(text.encode())
-    for header in sorted(headers):
-        content = headers[header]
+    for header in sorted(headers, key=lambda header: header.name):
         # Lengths keep two different splits of the same bytes apart.
-        found.update(f"\0{header}\0{len(content)}\0".encode())
-        found.update(content)
+        found.update(f"\0{header.name}\0{len(header.content)}\0".encode())
+        found.update(header.content)
     return found.hexdigest()
 
 

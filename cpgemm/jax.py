@@ -33,7 +33,12 @@ from cpgemm.grouped_problem import GroupedProblem
 from cpgemm.layout import BLOCK, FP8, Granularity, ScaleFormat, scale_pitch, scale_shape
 from cpgemm.problem import OUT_DTYPES, GemmProblem, OutDtype
 from cpgemm.quantize_kernels import INPUT_DTYPES
-from cpgemm.scaled import check_granularity, check_scale_format
+from cpgemm.scaled_rules import (
+    check_axes,
+    check_block_axis,
+    check_granularity,
+    check_scale_format,
+)
 
 try:
     import jax
@@ -179,24 +184,12 @@ def grouped_gemm_masked(
 def _quantize(
     x: jax.Array, *, granularity: Granularity, scale_format: ScaleFormat
 ) -> tuple[jax.Array, jax.Array]:
-    if x.ndim not in (2, 3):
-        reject(
-            "x",
-            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
-            f"{x.ndim} axes, shape {x.shape}",
-            "Reshape it.",
-        )
+    check_axes("x", x.shape)
     if granularity == (BLOCK, 1):
         turned = jnp.swapaxes(x, -1, -2)
         data, scales = _quantize(turned, granularity=(1, BLOCK), scale_format=scale_format)
         return jnp.swapaxes(data, -1, -2), jnp.swapaxes(scales, -1, -2)
-    if x.shape[-1] % 16:
-        reject(
-            "x",
-            "its extent along the 128 values that share a scale must be a multiple of 16",
-            x.shape[-1],
-            "Pad it with zeros.",
-        )
+    check_block_axis(x.shape[-1])
     *outer, rows, kblocks = scale_shape(x.shape, granularity)
     by_rows = granularity == (1, BLOCK)
     data, scales = _custom_call(

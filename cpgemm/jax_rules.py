@@ -14,6 +14,7 @@ import numpy as np
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.layout import BLOCK, FP8, scale_shape
 from cpgemm.problem import OUT_DTYPES, OutDtype, normalize_out_dtype
+from cpgemm.scaled_rules import check_operand_shapes
 
 __all__ = [
     "check_array",
@@ -72,26 +73,7 @@ def check_shapes(
     b_form: str,
 ) -> None:
     """Shapes of two operands; the forms are what their data must look like, like "(M, K)"."""
-    for name, data, form in (("a_data", a_data, a_form), ("b_data", b_data, b_form)):
-        axes = form.count(",") + 1
-        if data.ndim != axes:
-            reject(name, f"must have {axes} axes {form}", f"shape {data.shape}", "Reshape it.")
-    if a_data.shape[-1] != b_data.shape[-1]:
-        reject(
-            "b_data",
-            f"must have as many columns (K) as a_data, {a_data.shape[-1]}",
-            f"shape {b_data.shape}",
-            f"Both operands are K-last: give it as {b_form}.",
-        )
-    if a_data.shape[-1] % 16:
-        reject(
-            "a_data",
-            "K must be a multiple of 16",
-            a_data.shape[-1],
-            "Pad the values with zeros along K before quantising.",
-        )
-    if b_data.shape[-2] % 8:
-        reject("b_data", "N must be a multiple of 8", b_data.shape[-2], "Pad it with zero rows.")
+    check_operand_shapes(("a_data", "b_data"), a_data.shape, b_data.shape, a_form, b_form)
     for name, data, scales, granularity in (
         ("a_scales", a_data, a_scales, (1, BLOCK)),
         ("b_scales", b_data, b_scales, (BLOCK, BLOCK)),

@@ -21,6 +21,7 @@ import numpy as np
 
 from cpgemm.errors import WrongResultError
 from cpgemm.layout import Array, is_cupy
+from cpgemm.random_data import POOL, repeated
 from cpgemm.reference import exact_product
 from cpgemm.scaled import FP8, ScaledTensor
 
@@ -28,7 +29,6 @@ __all__ = ["CheckResult", "compare", "on_host", "seeded_operands"]
 
 _CUT = 2.0**-9
 _ROUNDING = {2: 2.0**-8, 4: 2.0**-24}  # by bytes of an element
-_POOL = 4194301  # prime, so that no two rows of a matrix repeat
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def seeded_operands(m: int, n: int, k: int, seed: int, xp: Any) -> tuple[Array, 
     made = []
     for rows, spread in ((m, 6), (n, 3)):
         size = rows * k
-        pool = xp.asarray(rng.standard_normal(min(size, _POOL), dtype=np.float32))
-        values = xp.tile(pool, -(-size // pool.size))[:size].reshape(rows, k)
+        pool = xp.asarray(rng.standard_normal(min(size, POOL), dtype=np.float32))
+        values = repeated(pool, size).reshape(rows, k)
         exponents = rng.integers(-spread, spread + 1, (rows, 1))
         made.append(values * xp.asarray(np.ldexp(np.float32(1), exponents), dtype=np.float32))
     return made[0], made[1]

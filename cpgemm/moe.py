@@ -32,14 +32,12 @@ from cpgemm.moe_kernels import (
 )
 from cpgemm.moe_routing import Routing, offsets_from_counts, route, routed_rows
 from cpgemm.moe_rules import (
-    check_free,
     check_like,
     check_numbers,
     check_rows,
-    check_scaled_out,
     readable_contents,
 )
-from cpgemm.problem import check_operand
+from cpgemm.problem import check_free, check_operand, check_scaled_out
 from cpgemm.quantize import quantize
 from cpgemm.quantize_kernels import INPUT_DTYPES
 from cpgemm.scaled import (
@@ -101,7 +99,9 @@ def gather(x: ScaledTensor, routing: Routing, *, out: ScaledTensor | None = None
     _check_routing("x", x.data, routing)
     shape = (routing.rows, x.shape[1])
     if out is not None:
-        check_scaled_out(out, shape, x.scale_format, {"x": x.data, "x.scales": x.scales})
+        check_scaled_out(
+            out, shape, (1, BLOCK), x.scale_format, {"x": x.data, "x.scales": x.scales}
+        )
     if is_cupy(x.data):
         with x.data.device:
             result = out if out is not None else _room(shape, x.scale_format, x.data)
@@ -141,7 +141,7 @@ def gather_quantized(
     _check_routing("x", x, routing)
     shape = (routing.rows, x.shape[1])
     if out is not None:
-        check_scaled_out(out, shape, scale_format, {"x": x})
+        check_scaled_out(out, shape, (1, BLOCK), scale_format, {"x": x})
     if is_cupy(x):
         with x.device:
             result = out if out is not None else _room(shape, scale_format, x)
@@ -187,7 +187,7 @@ def swiglu_quantize(
     if offsets is not None:
         _check_offsets(offsets, h)
     if out is not None:
-        check_scaled_out(out, shape, scale_format, {"h": h, "offsets": offsets})
+        check_scaled_out(out, shape, (1, BLOCK), scale_format, {"h": h, "offsets": offsets})
     if is_cupy(h):
         with h.device:
             result = out if out is not None else _room(shape, scale_format, h)

@@ -20,12 +20,12 @@ from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.moe_kernels import MAX_GROUPS, launch_offsets, launch_route
 from cpgemm.moe_rules import (
     MAX_EXTENT,
-    check_free,
     check_like,
     check_numbers,
     check_size,
     readable_contents,
 )
+from cpgemm.problem import check_free
 from cpgemm.scaled import BLOCK, Array, array_module, device_of, is_cupy, pointer
 
 __all__ = ["Routing", "offsets_from_counts", "route", "routed_rows"]

@@ -8,27 +8,22 @@ import numpy as np
 
 from cpgemm import env
 from cpgemm.errors import ArgumentTypeError, reject
-from cpgemm.problem import check_alignment, check_no_overlap
+from cpgemm.problem import check_alignment
 from cpgemm.quantize_kernels import INPUT_DTYPES
 from cpgemm.scaled import (
-    BLOCK,
     Array,
-    ScaledTensor,
     array_module,
     device_of,
     is_array,
     is_cupy,
     pointer,
-    require_scaled,
 )
 
 __all__ = [
     "MAX_EXTENT",
-    "check_free",
     "check_like",
     "check_numbers",
     "check_rows",
-    "check_scaled_out",
     "check_size",
     "readable_contents",
 ]
@@ -148,36 +143,3 @@ def check_rows(name: str, array: Array, dtypes: tuple[str, ...], multiple: int) 
         )
     if is_cupy(array):
         check_alignment(name, array)
-
-
-def check_scaled_out(
-    out: ScaledTensor, shape: tuple[int, ...], scale_format: str, inputs: dict[str, Any]
-) -> None:
-    require_scaled("out", out, "Leave it out to have one made.")
-    device = device_of(next(iter(inputs.values())))
-    wanted = (shape, (1, BLOCK), scale_format, device)
-    if (out.shape, out.granularity, out.scale_format, out.device) != wanted:
-        reject(
-            "out",
-            "must have the shape {}, granularity {}, format {!r} and device {!r}".format(*wanted),
-            repr(out),
-            "Leave it out to have one made.",
-        )
-    if not out.is_k_major:
-        reject(
-            "out",
-            "must have 16-byte aligned rows and scales in their standard layout",
-            f"{out!r} with strides {out.data.strides} and {out.scales.strides}",
-            "Leave it out to have one made.",
-        )
-    for array in (out.data, out.scales):
-        check_free(array, inputs)
-
-
-def check_free(array: Array, inputs: dict[str, Any]) -> None:
-    """Memory that may be written: not read-only, not that of an input."""
-    if not is_cupy(array) and not array.flags.writeable:
-        reject("out", "must be writable", "a read-only array", "Give a copy.")
-    for name, other in inputs.items():
-        if other is not None:
-            check_no_overlap(array, name, other)

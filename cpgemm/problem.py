@@ -6,6 +6,7 @@ a GPU, reads a value on a device or changes anything.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +16,7 @@ import numpy as np
 from cpgemm.errors import ArgumentTypeError, DeviceError, reject
 from cpgemm.scaled import (
     BLOCK,
+    Granularity,
     ScaledTensor,
     byte_range,
     device_of,
@@ -32,9 +34,11 @@ __all__ = [
     "OutDtype",
     "check_alignment",
     "check_device",
+    "check_free",
     "check_matrix",
     "check_no_overlap",
     "check_operand",
+    "check_scaled_out",
     "infer_out_dtype",
     "normalize_out_dtype",
     "wants_unsplit",
@@ -301,15 +305,53 @@ def check_matrix(
         check_alignment(name, array)
 
 
-def check_no_overlap(out: Any, name: str, array: Any) -> None:
-    """``out`` may not share memory with what the kernel reads."""
+def check_scaled_out(
+    out: Any,
+    shape: tuple[int, ...],
+    granularity: Granularity,
+    scale_format: str,
+    inputs: Mapping[str, Any],
+) -> None:
+    """A quantised ``out``, where the first of ``inputs`` is; None stands for an input left out."""
+    require_scaled("out", out, "Leave it out to have one made.")
+    device = device_of(next(iter(inputs.values())))
+    wanted = (tuple(shape), granularity, scale_format, device)
+    if (out.shape, out.granularity, out.scale_format, out.device) != wanted:
+        reject(
+            "out",
+            "must have the shape {}, granularity {}, format {!r} and device {!r}".format(*wanted),
+            repr(out),
+            "Leave it out to have one made.",
+        )
+    if not (out if granularity != (BLOCK, 1) else out.T).is_k_major:
+        reject(
+            "out",
+            "must have 16-byte aligned rows along the blocks and scales in their standard layout",
+            f"{out!r} with strides {out.data.strides} and {out.scales.strides}",
+            "Leave it out to have one made.",
+        )
+    check_free(out.data, inputs, "data")
+    check_free(out.scales, inputs, "scales")
+
+
+def check_free(array: Any, inputs: Mapping[str, Any], part: str = "array") -> None:
+    """``out``, or ``part`` of it, may be written: not read-only, not the memory of an input."""
+    if not is_cupy(array) and not array.flags.writeable:
+        reject("out", "must be writable", f"read-only {part}", "Give a copy.")
+    for name, other in inputs.items():
+        if other is not None:
+            check_no_overlap(array, name, other, part)
+
+
+def check_no_overlap(out: Any, name: str, array: Any, part: str = "array") -> None:
+    """``out``, or ``part`` of it, may not share memory with what the kernel reads."""
     low, high = byte_range(out)
     other_low, other_high = byte_range(array)
     if low < other_high and other_low < high:
         reject(
             "out",
             f"must not overlap {name}",
-            f"bytes {low:#x} to {high:#x} against {other_low:#x} to {other_high:#x}",
+            f"{part} at {low:#x} to {high:#x} against {other_low:#x} to {other_high:#x}",
             "Give it memory of its own.",
         )
 

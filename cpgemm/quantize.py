@@ -18,7 +18,8 @@ beyond float32 for magnitudes from 31/32 * 2**128 on; ``dequantize`` to float64 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from cpgemm.calls import ReadyCalls, signature
 from cpgemm.dlpack import Framework, as_native, framework_of
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.launch import PreparedLaunch
+from cpgemm.problem import check_scaled_out
 from cpgemm.quantize_kernels import INPUT_DTYPES, MAX_GRID_YZ, QuantizeConfig, quantize_sources
 from cpgemm.scaled import (
     BLOCK,
@@ -34,14 +36,15 @@ from cpgemm.scaled import (
     ScaledTensor,
     ScaleFormat,
     array_module,
-    byte_range,
-    check_granularity,
-    check_scale_format,
-    device_of,
     empty_scaled,
     is_cupy,
     pointer,
-    require_scaled,
+)
+from cpgemm.scaled_rules import (
+    check_axes,
+    check_block_axis,
+    check_granularity,
+    check_scale_format,
 )
 from cpgemm.streams import working_stream
 
@@ -86,37 +89,66 @@ def quantize(
     Raises ``ArgumentError`` or ``ArgumentTypeError`` for what breaks a rule, before anything is
     written, and ``DeviceError`` for a GPU other than Hopper.
     """
-    framework = framework_of(x) or "dlpack"  # as_native refuses what has none
-    x = as_native("x", x)
-    if framework in ("numpy", "cupy") or not is_cupy(x):
-        return _quantize(x, granularity, scale_format, out, framework)
-    with working_stream(framework, x.data.device_id):
-        return _quantize(x, granularity, scale_format, out, framework)
-
-
-def _quantize(
-    x: Array,
-    granularity: Granularity,
-    scale_format: ScaleFormat,
-    out: ScaledTensor | None,
-    framework: Framework,
-) -> ScaledTensor:
     pair = check_granularity(granularity)
     check_scale_format(scale_format)
-    _check_type(x)
-    if pair == (BLOCK, 1):
-        _check_block_axis(x.shape[-2])
-        if out is not None:
-            _check_out(x, out, pair, scale_format)
-        turned = _with_contiguous_rows(x.swapaxes(-1, -2))
-        turned_out = None if out is None else out.T
-        return _quantize(turned, (1, BLOCK), scale_format, turned_out, framework).T
-    _check_block_axis(x.shape[-1])
-    _check_rows(x)
+    framework = framework_of(x) or "dlpack"  # as_native refuses what has none
+    task = _Task(pair, scale_format, framework, _signed(x))
+    made = out is None and task in _seen
+    if made:
+        out = empty_scaled(tuple(x.shape), pair, scale_format, framework, x)
     if out is not None:
-        _check_out(x, out, pair, scale_format)
+        launch = _ready.get(_key(task, out))
+        if launch is not None:
+            launch()
+            return out
+    x = as_native("x", x)
+    if framework in ("numpy", "cupy") or not is_cupy(x):
+        return _quantize(x, task, out, made)
+    with working_stream(framework, x.data.device_id):
+        return _quantize(x, task, out, made)
+
+
+class _Task(NamedTuple):
+    """A call but for its result.  ``subject``: signature of x, None where only a view has one."""
+
+    granularity: Granularity
+    scale_format: ScaleFormat
+    framework: Framework
+    subject: Hashable
+
+
+_ready = ReadyCalls()
+_seen: set[_Task] = set()  # those that obey every rule: room for their results can be made first
+_MOST_SEEN = 4096
+
+
+def _signed(array: Any) -> Hashable:
+    try:
+        return signature(array)
+    except RuntimeError:  # torch's, of a tensor without memory: as_native says it better
+        return None
+
+
+def _key(task: _Task, out: Any) -> Hashable:
+    """Of a launch; a ScaledTensor's signature says nothing of its scale format."""
+    return task, _signed(out), getattr(out, "scale_format", None)
+
+
+def _quantize(x: Array, task: _Task, out: ScaledTensor | None, made: bool = False) -> ScaledTensor:
+    """A call that was not made before.  ``made``: ``out`` was made here, by the rules."""
+    pair, scale_format, framework, _ = task
+    _check_type(x)
+    if out is not None and not made:
+        check_scaled_out(out, x.shape, pair, scale_format, {"x": x})
+    if pair == (BLOCK, 1):
+        check_block_axis(x.shape[-2])
+        turned = _with_contiguous_rows(x.swapaxes(-1, -2))
+        task = _Task((1, BLOCK), scale_format, framework, None)
+        return _quantize(turned, task, None if out is None else out.T).T
+    check_block_axis(x.shape[-1])
+    _check_rows(x)
     if is_cupy(x):
-        return _quantize_on_device(x, pair, scale_format, out, framework)
+        return _quantize_on_device(x, task, out)
     result = out if out is not None else empty_scaled(x.shape, pair, scale_format, framework, x)
     for group in np.ndindex(*x.shape[:-2]):
         _quantize_on_host(x[group], result.data[group], result.scales[group], pair, scale_format)
@@ -200,43 +232,34 @@ def _scales_of(amax: Array, scale_format: str) -> tuple[Array, Array]:
 # -------------------------------------------------------------------------------------- CuPy path
 
 
-def _quantize_on_device(
-    x: Array,
-    granularity: Granularity,
-    scale_format: ScaleFormat,
-    out: ScaledTensor | None,
-    framework: Framework,
-) -> ScaledTensor:
+def _quantize_on_device(x: Array, task: _Task, out: ScaledTensor | None) -> ScaledTensor:
+    granularity, scale_format, framework, subject = task
     _check_device_layout("x", x)
     if out is not None:
         _check_device_layout("out", out.data)
-    if x.size == 0:
-        return out or empty_scaled(x.shape, granularity, scale_format, framework, x)
+    if subject is None:
+        task = task._replace(subject=signature(x))
     with x.device:
         result = out or empty_scaled(x.shape, granularity, scale_format, framework, x)
-        key = signature(x), result.signature, scale_format
+        if x.size == 0:
+            return result
+        key = _key(task, result)
         launch = _ready.get(key)
         if launch is None:
-            launch = _prepared(x, granularity, scale_format, result, framework)
+            launch = _prepared(x, task, result)
             _ready.put(key, launch)
+        if len(_seen) >= _MOST_SEEN:
+            _seen.clear()
+        _seen.add(task)
         launch()
     return result
 
 
-_ready = ReadyCalls()
-
-
-def _prepared(
-    x: Array,
-    granularity: Granularity,
-    scale_format: ScaleFormat,
-    result: ScaledTensor,
-    framework: Framework,
-) -> PreparedLaunch:
+def _prepared(x: Array, task: _Task, result: ScaledTensor) -> PreparedLaunch:
     from cpgemm.compiler import load_kernel
 
     dtype = next(name for name, kind in INPUT_DTYPES.items() if x.dtype == kind)
-    config = QuantizeConfig(granularity, dtype, scale_format)
+    config = QuantizeConfig(task.granularity, dtype, task.scale_format)
     groups = x.shape[0] if x.ndim == 3 else 1
     rows, columns = x.shape[-2:]
     scales = result.scales
@@ -259,7 +282,7 @@ def _prepared(
             np.int64(scale_step),
             np.int64(_group_stride(scales) // 4),
         ],
-        framework="torch" if framework == "torch" else "cupy",
+        framework="torch" if task.framework == "torch" else "cupy",
     )
 
 
@@ -294,23 +317,7 @@ def _check_type(x: Array) -> None:
             "Convert it with astype.",
             kind=ArgumentTypeError,
         )
-    if x.ndim not in (2, 3):
-        reject(
-            "x",
-            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
-            f"{x.ndim} axes, shape {x.shape}",
-            "Reshape it.",
-        )
-
-
-def _check_block_axis(extent: int) -> None:
-    if extent % 16:
-        reject(
-            "x",
-            "its extent along the 128 values that share a scale must be a multiple of 16",
-            extent,
-            "Pad it with zeros.",
-        )
+    check_axes("x", x.shape)
 
 
 def _check_rows(x: Array) -> None:
@@ -346,44 +353,3 @@ def _check_device_layout(argument: str, array: Array) -> None:
             f"shape {array.shape}",
             "Quantise it by parts.",
         )
-
-
-def _check_out(
-    x: Array, out: ScaledTensor, granularity: Granularity, scale_format: ScaleFormat
-) -> None:
-    require_scaled("out", out, "Leave it out to have one made.")
-    wanted = (tuple(x.shape), granularity, scale_format, device_of(x))
-    if (out.shape, out.granularity, out.scale_format, out.device) != wanted:
-        reject(
-            "out",
-            "must have the shape {}, granularity {}, format {!r} and device {!r}".format(*wanted),
-            repr(out),
-            "Leave it out to have one made.",
-        )
-    if not (out if granularity != (BLOCK, 1) else out.T).is_k_major:
-        reject(
-            "out",
-            "must have 16-byte aligned rows along the blocks and scales in their standard layout",
-            f"{out!r} with strides {out.data.strides} and {out.scales.strides}",
-            "Leave it out to have one made.",
-        )
-    for name, array in (("data", out.data), ("scales", out.scales)):
-        if not is_cupy(array) and not array.flags.writeable:
-            reject("out", "must be writable", f"read-only {name}", "Give a copy.")
-        if _overlap(x, array):
-            reject(
-                "out",
-                "must not overlap x",
-                f"{name} at {_hexadecimal(array)}, x at {_hexadecimal(x)}",
-                "Give memory of its own.",
-            )
-
-
-def _overlap(a: Array, b: Array) -> bool:
-    (a_low, a_high), (b_low, b_high) = byte_range(a), byte_range(b)
-    return a_low < b_high and b_low < a_high
-
-
-def _hexadecimal(array: Array) -> str:
-    low, high = byte_range(array)
-    return f"{low:#x}..{high:#x}"

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpgemm import env
-from cpgemm.errors import CompileError, MissingDependencyError, reject
+from cpgemm.errors import reject
 from cpgemm.headers import digest, find_headers
+from cpgemm.jinja import new_environment, render_text
 from cpgemm.source_map import SourceMap
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ __all__ = [
     "KernelSource",
     "check_names",
     "find_source",
-    "headers_of",
-    "new_environment",
     "render",
     "with_banner",
 ]
@@ -76,23 +75,15 @@ def render(
     ``values`` are the top-level names that the template sees: ``{"config": config}`` makes
     ``{{ config.block_m }}`` work.  ``shared_bytes`` is carried along for the launch and the report.
 
-    Raises ``CompileError`` for a template that is missing, malformed or that uses an undefined
-    name, and for a header that is missing; ``ArgumentError`` for a name that is no file name or an
-    entry that is no C identifier.
+    Raises ``CompileError`` with the template's line for a template that is missing, malformed or
+    that uses an undefined name, and for a header that is missing; ``ArgumentError`` for a name that
+    is no file name or an entry that is no C identifier.
     """
     check_names(name, entry, shared_bytes)
-    text = with_banner(_render_text(template, values), f"templates/{template}", name, values)
+    body = render_text(_environment(env.template_dir()), template, values)
+    text = with_banner(body, f"templates/{template}", name, values)
     headers = find_headers(text, (env.header_dir(),))
-    contents = {header: path.read_bytes() for header, path in headers.items()}
-    return KernelSource(name, text, entry, template, digest(text, contents), shared_bytes)
-
-
-def headers_of(text: str) -> tuple[str, ...]:
-    """Names of the headers in ``env.header_dir()`` that ``text`` includes, directly or not.
-
-    As ``headers.find_headers`` finds them, whose ``CompileError`` names one that is missing.
-    """
-    return tuple(find_headers(text, (env.header_dir(),)))
+    return KernelSource(name, text, entry, template, digest(text, headers), shared_bytes)
 
 
 def check_names(name: str, entry: str, shared_bytes: int) -> None:
@@ -134,60 +125,8 @@ def _flatten(label: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 @functools.lru_cache(maxsize=4)
-def _environment(folder: str) -> jinja2.Environment:
-    return new_environment((Path(folder),))
-
-
-def new_environment(folders: Sequence[Path]) -> jinja2.Environment:
-    """How all templates are rendered; they are looked for in ``folders``, in their order."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingDependencyError(
-            "jinja2: rendering a kernel needs it; it is not installed. Run: pip install jinja2"
-        ) from error
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader([str(folder) for folder in folders]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-
-
-def _render_text(template: str, values: Mapping[str, object]) -> str:
-    folder = env.template_dir()
-    environment = _environment(str(folder))
-    import jinja2
-
-    try:
-        return environment.get_template(template).render(**values)
-    except jinja2.TemplateNotFound as error:
-        near = difflib.get_close_matches(str(error.name), environment.list_templates(), n=3)
-        mend = f"Did you mean {', '.join(near)}?" if near else f"Templates live in {folder}."
-        raise CompileError(f"template {error.name!r} is not there. {mend}") from error
-    except jinja2.TemplateSyntaxError as error:
-        where = f"{error.name or template}:{error.lineno}"
-        raise CompileError(f"template {where}: {error.message}") from error
-    except jinja2.UndefinedError as error:
-        where = _template_line(error, template)
-        raise CompileError(
-            f"template {where}: {error.message}; got the names "
-            f"{', '.join(sorted(values)) or '(none)'}. Pass the value or correct the name."
-        ) from error
-
-
-def _template_line(error: Exception, template: str) -> str:
-    """``name:line`` of the innermost template frame: Jinja maps tracebacks to templates."""
-    where = template
-    trace = error.__traceback__
-    while trace is not None:
-        filename = trace.tb_frame.f_code.co_filename
-        if filename.endswith(".j2"):
-            where = f"{Path(filename).name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return where
+def _environment(folder: Path) -> jinja2.Environment:
+    return new_environment((folder,))
 
 
 def find_source(name: str, sources: Sequence[KernelSource], *, argument: str) -> KernelSource:

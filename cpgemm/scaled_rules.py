@@ -1,6 +1,8 @@
-"""The rules that data and scales of a ``ScaledTensor`` must obey, and their messages."""
+"""Rules for a ``ScaledTensor``, for what becomes one and for operands by shape, with messages."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,7 +19,15 @@ from cpgemm.layout import (
     scale_shape,
 )
 
-__all__ = ["check_data", "check_granularity", "check_scale_format", "check_scales"]
+__all__ = [
+    "check_axes",
+    "check_block_axis",
+    "check_data",
+    "check_granularity",
+    "check_operand_shapes",
+    "check_scale_format",
+    "check_scales",
+]
 
 
 def check_granularity(granularity: object) -> Granularity:
@@ -44,6 +54,58 @@ def check_scale_format(scale_format: object) -> None:
         )
 
 
+def check_axes(name: str, shape: Sequence[int]) -> None:
+    """A matrix or groups of them."""
+    if len(shape) not in (2, 3):
+        reject(
+            name,
+            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
+            f"{len(shape)} axes, shape {tuple(shape)}",
+            "Reshape it.",
+        )
+
+
+def check_block_axis(extent: int) -> None:
+    """Values of ``x``, which is to be quantised, along the axis whose blocks have 128."""
+    if extent % 16:
+        reject(
+            "x",
+            "its extent along the 128 values that share a scale must be a multiple of 16",
+            extent,
+            "Pad it with zeros.",
+        )
+
+
+def check_operand_shapes(
+    names: tuple[str, str],
+    a_shape: Sequence[int],
+    b_shape: Sequence[int],
+    a_form: str,
+    b_form: str,
+) -> None:
+    """Data of both operands, as other libraries' operators take them.
+
+    ``names``: what messages call them.  The forms are what they must look like, like "(M, K)".
+    """
+    for name, shape, form in zip(names, (a_shape, b_shape), (a_form, b_form), strict=True):
+        axes = form.count(",") + 1
+        if len(shape) != axes:
+            reject(name, f"must have {axes} axes {form}", f"shape {tuple(shape)}", "Reshape it.")
+    a, b = names
+    if a_shape[-1] != b_shape[-1]:
+        reject(
+            b,
+            f"must have as many columns (K) as {a}, {a_shape[-1]}",
+            f"shape {tuple(b_shape)}",
+            f"Both operands are K-last: give it as {b_form}.",
+        )
+    if a_shape[-1] % 16:
+        mend = "Pad the values with zeros along K before quantising."
+        reject(a, "K must be a multiple of 16", a_shape[-1], mend)
+    if b_shape[-2] % 8:
+        reject(b, "N must be a multiple of 8", b_shape[-2], "Pad it with zero rows.")
+
+
 def check_data(data: Array) -> None:
     """Codes: kind, dtype, axes, contiguity."""
     if not is_array(data):
@@ -63,13 +125,7 @@ def check_data(data: Array) -> None:
             "ScaledTensor.from_arrays.",
             kind=ArgumentTypeError,
         )
-    if data.ndim not in (2, 3):
-        reject(
-            "data",
-            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
-            f"{data.ndim} axes, shape {data.shape}",
-            "Reshape it.",
-        )
+    check_axes("data", data.shape)
     if not (is_k_contiguous(data) or is_k_contiguous(data.swapaxes(-1, -2))):
         reject(
             "data",

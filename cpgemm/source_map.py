@@ -7,33 +7,25 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Header", "SourceMap", "excerpt", "match_lines"]
+from cpgemm.headers import Header
+
+__all__ = ["Place", "SourceMap", "excerpt", "match_lines"]
 
 _CONTEXT = 3
 
 Place = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class Header:
-    """A header as it was when the kernel was rendered: name in an include, path, contents."""
-
-    name: str
-    path: str
-    content: bytes
+"""Path of a file, and the number of a line."""
 
 
 @dataclass(frozen=True)
 class SourceMap:
     """Where the text of a user's kernel comes from.
 
-    - ``template``: path of the template
     - ``lines``: (path, line) of each line of the rendered text; None for those of the banner
     - ``files``: contents of the template, and of the macros and parts that it took in, by path
     - ``headers``: every header that the text includes, directly or not
     """
 
-    template: str
     lines: tuple[Place | None, ...]
     files: Mapping[str, str] = field(repr=False)
     headers: tuple[Header, ...] = field(repr=False)

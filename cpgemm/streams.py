@@ -8,8 +8,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from cpgemm.dlpack import Framework, as_native, current_stream, empty
-from cpgemm.layout import Array, array_module, is_cupy
+from cpgemm.layout import Array, array_module
 
 __all__ = ["allocator", "external_stream", "working_stream"]
 
@@ -66,7 +68,10 @@ class _TorchMemory:
 
 
 def allocator(framework: Framework, like: Array) -> Any:
-    """What makes memory for results: an object with ``empty(shape, dtype)``, on like's device."""
-    if framework == "torch" and is_cupy(like):
+    """What makes memory for results: an object with ``empty(shape, dtype)``, on like's device.
+
+    ``like``: an array of NumPy or CuPy; for torch's memory a tensor on a GPU will do.
+    """
+    if framework == "torch" and not isinstance(like, np.ndarray):
         return _TorchMemory(like)
     return array_module(like)

@@ -261,18 +261,20 @@ def _nvrtc_ptx(text: str, name: str, options: Sequence[str]) -> tuple[str | None
         raise _missing("cuda-bindings", error) from error
     try:
         status, program = nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
-        encoded = [option.encode() for option in options]
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-        _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        # Written in place: bytes would do that to the interpreter's one b" " where the size is 1.
-        log = bytearray(size)
-        nvrtc.nvrtcGetProgramLog(program, log)
-        ptx = None
-        if status == nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            _, size = nvrtc.nvrtcGetPTXSize(program)
-            ptx = bytearray(size)
-            nvrtc.nvrtcGetPTX(program, ptx)
-        nvrtc.nvrtcDestroyProgram(program)
+        try:
+            encoded = [option.encode() for option in options]
+            (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+            _, size = nvrtc.nvrtcGetProgramLogSize(program)
+            # Written in place: bytes would do that to the interpreter's one b" " for a size of 1.
+            log = bytearray(size)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            ptx = None
+            if status == nvrtc.nvrtcResult.NVRTC_SUCCESS:
+                _, size = nvrtc.nvrtcGetPTXSize(program)
+                ptx = bytearray(size)
+                nvrtc.nvrtcGetPTX(program, ptx)
+        finally:
+            nvrtc.nvrtcDestroyProgram(program)
     except RuntimeError as error:  # The library is not there: cuda.pathfinder says where it looked.
         raise _missing("the NVRTC library", error) from error
     return None if ptx is None else ptx.rstrip(b"\0").decode(), log.decode("utf-8", "replace")

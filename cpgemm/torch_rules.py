@@ -15,6 +15,7 @@ from torch import Tensor
 from cpgemm.errors import ArgumentTypeError, reject
 from cpgemm.group_index import GroupLayout, index_length, index_name
 from cpgemm.layout import BLOCK, Granularity, scale_pitch, scale_shape
+from cpgemm.scaled_rules import check_axes, check_block_axis, check_operand_shapes
 
 __all__ = [
     "OUTPUTS",
@@ -91,24 +92,9 @@ def check_operands(
     b_form: str = "(N, K)",
 ) -> None:
     """Two operands; the forms are what they must look like, like "(groups, N, K)"."""
-    for name, data, form in (("a", a, a_form), ("b", b, b_form)):
-        check_dtype(name, data, _FP8)
-        axes = form.count(",") + 1
-        if data.dim() != axes:
-            got = f"shape {tuple(data.shape)}"
-            reject(name, f"must have {axes} axes {form}", got, "Reshape it.")
-    if a.shape[-1] != b.shape[-1]:
-        reject(
-            "b",
-            f"must have as many columns (K) as a, {a.shape[-1]}",
-            f"shape {tuple(b.shape)}",
-            f"Both operands are K-last: give it as {b_form}.",
-        )
-    if a.shape[-1] % 16:
-        mend = "Pad the values with zeros along K before quantising."
-        reject("a", "K must be a multiple of 16", a.shape[-1], mend)
-    if b.shape[-2] % 8:
-        reject("b", "N must be a multiple of 8", b.shape[-2], "Pad it with zero rows.")
+    check_dtype("a", a, _FP8)
+    check_dtype("b", b, _FP8)
+    check_operand_shapes(("a", "b"), a.shape, b.shape, a_form, b_form)
     if a.dim() == 3 and a.shape[0] != b.shape[0]:
         got = f"shape {tuple(a.shape)}"
         reject("a", f"must have as many groups as b, {b.shape[0]}", got, f"Give it as {a_form}.")
@@ -155,21 +141,8 @@ def check_index(layout: GroupLayout, index: Tensor, a: Tensor, b: Tensor) -> Non
 def check_quantizable(x: Tensor, granularity: Granularity) -> None:
     """What the quantiser takes."""
     check_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
-    if x.dim() not in (2, 3):
-        reject(
-            "x",
-            "must have 2 axes (rows, K) or 3 axes (groups, rows, K)",
-            f"shape {tuple(x.shape)}",
-            "Reshape it.",
-        )
-    extent = x.shape[-2 if granularity == (BLOCK, 1) else -1]
-    if extent % 16:
-        reject(
-            "x",
-            "its extent along the 128 values that share a scale must be a multiple of 16",
-            extent,
-            "Pad it with zeros.",
-        )
+    check_axes("x", x.shape)
+    check_block_axis(x.shape[-2 if granularity == (BLOCK, 1) else -1])
 
 
 def check_linear(name: str, x: Tensor, weight: Tensor, scales: Tensor | None, axis: int) -> None:

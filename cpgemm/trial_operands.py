@@ -17,6 +17,7 @@ from cpgemm.kernel_check import on_host
 from cpgemm.layout import BLOCK, Array, fp8_view, scale_pitch
 from cpgemm.problem import OUT_DTYPES, GemmProblem
 from cpgemm.quantize import quantize
+from cpgemm.random_data import POOL, repeated
 from cpgemm.reference import exact_product
 from cpgemm.sampled_check import (
     NAN_BITS,
@@ -38,7 +39,6 @@ __all__ = [
     "why_wrong",
 ]
 
-_POOL = 4194301  # prime, so that no two rows of a matrix repeat
 _ALIGNMENT = 256  # bytes, of every operand
 _SAMPLED_ROWS, _SAMPLED_COLUMNS = 32, 128  # of a result, the last ones besides
 
@@ -61,17 +61,17 @@ class OperandMemory:
 
     def __init__(self, problems: Sequence[GemmProblem], *, seed: int, xp: Any) -> None:
         rng = np.random.default_rng(seed)
-        values = rng.standard_normal((-(-_POOL // BLOCK), BLOCK), dtype=np.float32)
-        codes = quantize(values).data.view(np.uint8).reshape(-1)[:_POOL]
-        uniform = rng.uniform(0.5, 1.5, _POOL).astype(np.float32)
+        values = rng.standard_normal((-(-POOL // BLOCK), BLOCK), dtype=np.float32)
+        codes = quantize(values).data.view(np.uint8).reshape(-1)[:POOL]
+        uniform = rng.uniform(0.5, 1.5, POOL).astype(np.float32)
         needed = np.max([bytes_of_sets(problem) for problem in problems], axis=0).tolist()
         code_bytes, scale_bytes, result_bytes, addend_bytes = needed
-        self._codes = _repeated(codes, code_bytes, xp)
+        self._codes = repeated(xp.asarray(codes), code_bytes)
         # Scales of about what quantising gives, so that results are of the order of 1 to 100.
-        self._scales = _repeated(uniform / 448, scale_bytes // 4, xp).view(np.uint8)
+        self._scales = repeated(xp.asarray(uniform / 448), scale_bytes // 4).view(np.uint8)
         self._results = xp.empty(result_bytes, dtype=np.uint8)
         addends = uniform.astype(OUT_DTYPES[problems[0].out_dtype])
-        self._addends = _repeated(addends.view(np.uint8), addend_bytes, xp)
+        self._addends = repeated(xp.asarray(addends.view(np.uint8)), addend_bytes)
 
     def sets(self, problem: GemmProblem) -> list[OperandSet]:
         """Operands of ``problem``, the same ones whenever they are asked for."""
@@ -127,16 +127,6 @@ def bytes_of_sets(p: GemmProblem) -> tuple[int, int, int, int]:
         count * result,
         count * result if p.accumulate else 0,
     )
-
-
-def _repeated(values: Any, size: int, xp: Any) -> Array:
-    """``values`` of the host over and over until ``size`` elements are full."""
-    pool = xp.asarray(values)
-    whole = xp.empty(size, dtype=pool.dtype)
-    for start in range(0, size, len(pool)):
-        part = whole[start : start + len(pool)]
-        part[...] = pool[: len(part)]
-    return whole
 
 
 # -------------------------------------------------------------------------------------- the check

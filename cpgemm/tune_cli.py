@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from cpgemm.console import counted, positive, print_table
 from cpgemm.errors import ArgumentError, reject
 from cpgemm.problem import GemmProblem
+from cpgemm.random_data import seed_or_fresh
 
 __all__ = ["add_parser", "run"]
 
@@ -124,10 +124,6 @@ def _problems(args: argparse.Namespace) -> list[GemmProblem]:
 # ----------------------------------------------------------------------------------------- the work
 
 
-def _seed(args: argparse.Namespace) -> int:
-    return random.SystemRandom().randrange(2**32) if args.seed is None else int(args.seed)
-
-
 def _dry_run(args: argparse.Namespace, problems: list[GemmProblem]) -> int:
     from cpgemm.plan import current_machine
     from cpgemm.trials import candidates
@@ -142,7 +138,7 @@ def _dry_run(args: argparse.Namespace, problems: list[GemmProblem]) -> int:
     print_table(("M x N x K", "candidate, the model's choice first", "us"), rows, numbers=("us",))
     print(
         f"\n{counted(len(problems), 'shape')}, {counted(len(rows), 'candidate')}; predicted for "
-        f"{machine.name}, nothing was timed. Winners would go to {args.file or path_for(machine)}."
+        f"{machine.name}, nothing was timed. Winners would go to {path_for(machine, args.file)}."
     )
     return 0
 
@@ -154,8 +150,8 @@ def _tune(args: argparse.Namespace, problems: list[GemmProblem]) -> int:
     from cpgemm.tuned import path_for
 
     tuning.require_hopper()
-    seed, machine = _seed(args), current_machine()
-    path = path_for(machine) if args.file is None else args.file.expanduser()
+    seed, machine = seed_or_fresh(args.seed), current_machine()
+    path = path_for(machine, args.file)
     print(f"{counted(len(problems), 'shape')} on {machine.name}, seed {seed}", flush=True)
     result: tuning.TuneResult | None = None
     interrupted = False
@@ -184,7 +180,7 @@ def _check_model(args: argparse.Namespace) -> int:
     from cpgemm.trials import GpuTrials
 
     tuning.require_hopper()
-    seed, machine = _seed(args), current_machine()
+    seed, machine = seed_or_fresh(args.seed), current_machine()
     problems = model_check.random_problems(
         args.check_model, seed=seed, out_dtype=args.out_dtype, accumulate=args.accumulate
     )
@@ -195,8 +191,9 @@ def _check_model(args: argparse.Namespace) -> int:
     try:
         with progress("checking", len(problems)) as done:
             model_check.check_model(
-                GpuTrials(problems, machine, seed=seed), problems, machine, seed=seed,
-                rounds=rounds, limit_s=args.time_limit or math.inf, done=done, into=check,
+                GpuTrials(problems, machine, seed=seed), problems, machine, seed=check.seed,
+                rounds=check.rounds, window_ms=check.window_ms,
+                limit_s=args.time_limit or math.inf, done=done, into=check,
             )  # fmt: skip
     except KeyboardInterrupt:
         interrupted = True

@@ -121,9 +121,12 @@ class UnusableFile(Exception):
         self.foreign = foreign
 
 
-def path_for(machine: Machine) -> Path:
-    """``CPGEMM_TUNED`` where it names a file, otherwise the GPU model's file in the cache."""
-    chosen = env.tuned_file()
+def path_for(machine: Machine, file: str | Path | None = None) -> Path:
+    """``file`` (``~`` is home) or ``CPGEMM_TUNED`` where one of them names a file.
+
+    Otherwise the GPU model's file in the cache.
+    """
+    chosen = env.tuned_file() if file is None else Path(file).expanduser()
     if chosen is not None:
         return chosen
     model = re.sub(r"[^a-z0-9]+", "-", machine.name.lower()).strip("-")

@@ -21,6 +21,7 @@ from cpgemm.locking import locked, write_atomically
 from cpgemm.machine import why_no_hopper
 from cpgemm.plan import current_machine
 from cpgemm.problem import GemmProblem, OutDtype
+from cpgemm.random_data import seed_or_fresh
 from cpgemm.trials import Contest, GpuTrials, Trials, candidates, contest, short_name
 from cpgemm.tuned import TunedChoice, UnusableFile, path_for, read_file, text_of
 
@@ -226,9 +227,8 @@ def tune(
             sizes = (problem.m, problem.n, problem.k)
             reject("m, n, k", "must not be 0 to be tuned", sizes, "An empty product is no work.")
     require_hopper()
-    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
-    machine = current_machine()
-    path = path_for(machine) if file is None else Path(file).expanduser()
+    seed, machine = seed_or_fresh(seed), current_machine()
+    path = path_for(machine, file)
     *_, result = tune_problems(
         GpuTrials(problems, machine, seed=seed), problems, machine, seed=seed, best=best,
         rounds=rounds, window_ms=window_ms, path=path if keep else None,

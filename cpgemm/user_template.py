@@ -7,17 +7,17 @@ it renders; the compiler's are those of the rendered text, and the marks lead ba
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpgemm import env
-from cpgemm.errors import CompileError, reject
+from cpgemm.errors import reject
 from cpgemm.headers import digest, find_headers
-from cpgemm.render import KernelSource, check_names, new_environment, with_banner
-from cpgemm.source_map import Header, Place, SourceMap, excerpt, match_lines
+from cpgemm.jinja import new_environment, render_text
+from cpgemm.render import KernelSource, check_names, with_banner
+from cpgemm.source_map import Place, SourceMap, match_lines
 
 if TYPE_CHECKING:
     import jinja2
@@ -49,12 +49,17 @@ def render_file(
     no file of text.
     """
     check_names(name, entry, shared_bytes)
+    if not path.is_file():
+        reject("path", "must be a template's file", str(path), "Give the path of a file.")
     folder = path.parent
     templates = (folder, env.template_dir())
-    body = _rendered(new_environment(templates), path, values)
-    text = with_banner(body, path.name, name, values)
     marker = _Marker()
-    marked = _rendered(marker.install(new_environment(templates)), path, values)
+    try:
+        body = render_text(new_environment(templates), path.name, values)
+        marked = render_text(marker.install(new_environment(templates)), path.name, values)
+    except UnicodeDecodeError as error:
+        reject("path", "must be text in UTF-8", f"{path} ({error})", "Save the file as UTF-8.")
+    text = with_banner(body, path.name, name, values)
     places = marker.places_of(body.split("\n"), marked)
     banner = [None] * (text.count("\n") - body.count("\n"))
     lines = (*banner, *places)
@@ -63,68 +68,17 @@ def render_file(
         found = lines[line - 1] if not includer else (includer, line)
         return f"{path}" if found is None else f"{found[0]}:{found[1]}"
 
-    headers = tuple(
-        Header(found, str(file), file.read_bytes())
-        for found, file in find_headers(text, (folder, env.header_dir()), place).items()
-    )
+    headers = find_headers(text, (folder, env.header_dir()), place)
     return KernelSource(
         name,
         text,
         entry,
         path.name,
-        digest(text, {header.name: header.content for header in headers}),
+        digest(text, headers),
         shared_bytes,
-        SourceMap(str(path), lines, marker.files, headers),
+        SourceMap(lines, marker.files, headers),
         strict,
     )
-
-
-def _rendered(environment: jinja2.Environment, path: Path, values: Mapping[str, object]) -> str:
-    import jinja2
-
-    try:
-        return environment.get_template(path.name).render(**values)
-    except jinja2.TemplateNotFound as error:
-        if not path.is_file():
-            reject("path", "must be a template's file", str(path), "Give the path of a file.")
-        missing = str(error.name)
-        near = difflib.get_close_matches(missing, environment.list_templates(), n=3)
-        folders = f"Templates are looked for in {path.parent} and {env.template_dir()}."
-        known = f"Did you mean {', '.join(near)}?" if near else folders
-        where = _place(error) or (str(path), 0)
-        raise _refusal(where, f"no template {missing!r} is there. {known}") from error
-    except jinja2.TemplateSyntaxError as error:
-        where = (error.filename or str(path), error.lineno)
-        raise _refusal(where, error.message or "syntax error") from error
-    except UnicodeDecodeError as error:
-        reject("path", "must be text in UTF-8", f"{path} ({error})", "Save the file as UTF-8.")
-    except jinja2.UndefinedError as error:
-        known = ", ".join(sorted(values)) or "(none)"
-        message = f"{error.message}; got the names {known}. Pass the value or correct the name."
-        raise _refusal(_place(error) or (str(path), 0), message) from error
-    except Exception as error:  # A template computes: anything that Python raises is its author's.
-        where = _place(error) or (str(path), 0)
-        raise _refusal(where, f"{type(error).__name__}: {error}") from error
-
-
-def _place(error: BaseException) -> Place | None:
-    """The innermost template line of a traceback, which Jinja has put in place of its own code."""
-    found: Place | None = None
-    trace = error.__traceback__
-    while trace is not None:
-        if "__jinja_exception__" in trace.tb_frame.f_globals:
-            found = trace.tb_frame.f_code.co_filename, trace.tb_lineno
-        trace = trace.tb_next
-    return found
-
-
-def _refusal(place: Place, message: str) -> CompileError:
-    file, line = place
-    head = f"template {file}:{line}: {message}" if line else f"template {file}: {message}"
-    path = Path(file)
-    if not line or not path.is_file():
-        return CompileError(head)
-    return CompileError(f"{head}\n\n{excerpt(path.read_text('utf-8', 'replace'), line)}")
 
 
 class _Marker:

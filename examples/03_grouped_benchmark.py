@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import json
 import math
-import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ import numpy as np
 import cpgemm
 from cpgemm import machine
 from cpgemm.floor import stream
+from cpgemm.random_data import POOL, repeated, seed_or_fresh
 from cpgemm.scaled import ScaledTensor
 from cpgemm.timing import rotations, time_interleaved
 
@@ -42,7 +42,6 @@ MASKED = (
     (9, 64, 4096, 7168), (8, 4, 4096, 7168),
 )  # fmt: skip
 TOLERANCE = 0.002  # 2-norm, of one bfloat16 rounding (docs/numerics.md)
-_POOL = 4194301  # normal values, prime: no two rows of a matrix repeat
 
 
 @dataclasses.dataclass
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why := machine.why_no_hopper():
         print(f"This benchmark needs a Hopper GPU: {why}.", file=sys.stderr)
         return 2
-    seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+    seed = seed_or_fresh(args.seed)
     windows, window_ms = (3, 4.0) if args.quick else (7, 10.0)
     timed = functools.partial(time_interleaved, windows=windows, window_ms=window_ms)
     record = machine.describe()
@@ -96,12 +95,12 @@ def measure(rng: np.random.Generator, timed: Callable[..., Any]) -> Iterator[Row
     """Yield the rows of the table."""
     import cupy
 
-    pool = cupy.asarray(rng.standard_normal(_POOL, dtype=np.float32))
+    pool = cupy.asarray(rng.standard_normal(POOL, dtype=np.float32))
 
     def scaled(*shape: int, granularity: tuple[int, int]) -> ScaledTensor:
         # From anywhere in the pool: a row of A that is a row of B too would rule the norm.
-        size, start = math.prod(shape), 4 * int(rng.integers(_POOL // 4))  # aligned
-        values = cupy.tile(pool, -(-(start + size) // _POOL))[start : start + size].reshape(shape)
+        start = 4 * int(rng.integers(POOL // 4))  # aligned
+        values = repeated(pool, math.prod(shape), start).reshape(shape)
         return cpgemm.quantize(values, granularity)
 
     def result(*shape: int) -> Any:

@@ -15,10 +15,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from example_modules import load_example
+from tiny_kernels import ROOT
 
 from cpgemm import checkpoint, dlpack, machine
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "04_checkpoint_mlp.py"
 SMALL = ["--tokens=5", "--hidden=256", "--inner=128"]
 needs_safetensors = pytest.mark.skipif(
@@ -28,11 +29,7 @@ needs_safetensors = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("checkpoint_mlp_example", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module = load_example(EXAMPLE.name)
     # As the script itself does it: the other tests need some of the GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return module

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cpgemm.errors import CompileError
-from cpgemm.headers import digest, find_headers
+from cpgemm.headers import Header, digest, find_headers
 
 
 @pytest.fixture
@@ -26,20 +26,25 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_earlier_folders_come_first_for_headers_of_later_ones(folders: tuple[Path, Path]) -> None:
     mine, theirs = folders
-    assert find_headers('#include "a.cuh"\n', folders) == {
+    files = {
         "a.cuh": theirs / "a.cuh",
         "b.cuh": mine / "b.cuh",
         "sub/c.cuh": theirs / "sub" / "c.cuh",
         "sub/d.cuh": theirs / "sub" / "d.cuh",
     }
-    assert find_headers('#include "a.cuh"\n', [theirs])["b.cuh"] == theirs / "b.cuh"
+    assert find_headers('#include "a.cuh"\n', folders) == tuple(
+        Header(name, str(path), path.read_bytes()) for name, path in files.items()
+    )
+    assert find_headers('#include "a.cuh"\n', [theirs])[1].path == str(theirs / "b.cuh")
 
 
 def test_a_header_in_another_encoding(folders: tuple[Path, Path]) -> None:
     """The compiler takes any bytes in a comment; only lines that include matter here."""
     mine, _ = folders
-    (mine / "b.cuh").write_bytes(b'// caf\xe9\n#include "sub/c.cuh"\n')
-    assert "sub/d.cuh" in find_headers('#include "b.cuh"\n', folders)
+    content = b'// caf\xe9\n#include "sub/c.cuh"\n'
+    (mine / "b.cuh").write_bytes(content)
+    first, *others = find_headers('#include "b.cuh"\n', folders)
+    assert first.content == content and "sub/d.cuh" in [header.name for header in others]
 
 
 def test_a_missing_header_is_placed(folders: tuple[Path, Path]) -> None:
@@ -58,12 +63,15 @@ def test_a_missing_header_is_placed(folders: tuple[Path, Path]) -> None:
 
 
 def test_digest() -> None:
-    one = digest("text", {"a": b"1", "b": b"2"})
-    assert one == digest("text", {"b": b"2", "a": b"1"}), "the order does not count"
+    def hashed(text: str, **contents: bytes) -> str:
+        return digest(text, [Header(name, f"/{text}", held) for name, held in contents.items()])
+
+    one = hashed("text", a=b"1", b=b"2")
+    assert one == hashed("text", b=b"2", a=b"1"), "the order does not count"
     others = [
-        digest("text2", {"a": b"1", "b": b"2"}),
-        digest("text", {"a": b"1"}),
-        digest("text", {"a": b"1", "c": b"2"}),
-        digest("text", {"a": b"1", "b": b"3"}),
+        hashed("text2", a=b"1", b=b"2"),
+        hashed("text", a=b"1"),
+        hashed("text", a=b"1", c=b"2"),
+        hashed("text", a=b"1", b=b"3"),
     ]
     assert one not in others and len(set(others)) == len(others)

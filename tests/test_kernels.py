@@ -8,9 +8,9 @@ import pytest
 
 from cpgemm import env
 from cpgemm.config import KernelConfig
+from cpgemm.headers import find_headers
 from cpgemm.heuristics import configurations
 from cpgemm.kernels import all_sources, gemm_source
-from cpgemm.render import headers_of
 
 GOLDEN = Path(__file__).parent / "golden" / "dense_256x128_s3_w2_bfloat16.cu"
 
@@ -39,7 +39,8 @@ def test_the_whole_set_renders_without_a_gpu():
 def test_hot_kernels_include_only_our_own_headers():
     for source in all_sources():
         assert "<" not in "".join(re.findall(r"#include\s*(\S)", source.text))
-        assert set(headers_of(source.text)) <= {p.name for p in env.header_dir().glob("*.cuh")}
+        found = {header.name for header in find_headers(source.text, (env.header_dir(),))}
+        assert found <= {p.name for p in env.header_dir().glob("*.cuh")}
 
 
 @pytest.mark.parametrize("template", sorted(p.name for p in env.template_dir().glob("*.cu.j2")))

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from example_modules import load_example
 
 import cpgemm
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "02_moe_layer.py"
 LAYOUTS = ["offsets", "m_indices", "ends"]
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("moe_layer_example", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_example("02_moe_layer.py")
 
 
 def small_layer(example: ModuleType, rng: np.random.Generator, xp: Any = np) -> Any:

@@ -11,12 +11,11 @@ import functools
 import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from example_modules import load_example
 from tiny_kernels import ROOT
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed (extra test)")
@@ -24,16 +23,7 @@ pytest.importorskip("nbclient", reason="nbclient is not installed (extra test)")
 pytest.importorskip("ipykernel", reason="ipykernel is not installed (extra test)")
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-RUNNER = load(ROOT / "examples" / "run_notebooks.py")
+RUNNER = load_example("run_notebooks.py")
 BOOKS: list[Path] = RUNNER.paths()
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
 SKIPPED_GPU = "Skipped: needs a Hopper GPU"

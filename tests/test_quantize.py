@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -12,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpgemm.dlpack import as_native
 from cpgemm.errors import ArgumentError, ArgumentTypeError
 from cpgemm.quantize import QuantizeConfig, _scales_of, quantize, quantize_sources
 from cpgemm.quantize_kernels import INPUT_DTYPES
 from cpgemm.scaled import ScaledTensor, empty_codes, empty_scales, pointer, scale_shape
+from cpgemm.settings import changed as forget_launches
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -427,6 +431,78 @@ def test_rule_out_overlap() -> None:
         quantize(x, out=out)
 
 
+# ----------------------------------------------------------------------------------- repeated calls
+
+
+MODULE = sys.modules["cpgemm.quantize"]
+TASK = MODULE._Task((1, 128), "float32", "numpy", None)
+
+
+@pytest.fixture
+def out() -> ScaledTensor:
+    return quantize(X)
+
+
+@pytest.fixture
+def launched(out: ScaledTensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """``quantize(X, out=out)`` has a launch, which appends to this; addresses are signatures."""
+
+    def signed(array: Any) -> Any:
+        if isinstance(array, ScaledTensor):
+            return signed(array.data), signed(array.scales), array.granularity
+        return pointer(array), array.shape, array.strides
+
+    monkeypatch.setattr(MODULE, "signature", signed)
+    calls: list[str] = []
+    MODULE._ready.put(MODULE._key(TASK._replace(subject=signed(X)), out), lambda: calls.append("X"))
+    yield calls
+    MODULE._ready.forget()
+    MODULE._seen.clear()
+
+
+def test_a_repeated_call_is_its_launch(launched: list[str], out: ScaledTensor) -> None:
+    assert quantize(X, out=out) is out and launched == ["X"]
+    assert quantize(X, [1, 128], scale_format="float32", out=out) is out  # type: ignore[arg-type]
+    assert launched == ["X", "X"]
+    forget_launches()
+    assert quantize(X, out=out) is out and launched == ["X", "X"]
+
+
+def test_another_call_is_not_taken_for_it(launched: list[str], out: ScaledTensor) -> None:
+    other = quantize(X)
+    quantize(X, out=other)
+    quantize(X.copy(), out=out)
+    quantize(X, scale_format="pow2")
+    quantize(X, (128, 128))
+    relabelled = ScaledTensor(out.data, out.scales, out.granularity, "pow2")
+    quantize(X, scale_format="pow2", out=relabelled)
+    for scale_format, into in (("float32", relabelled), ("pow2", out)):
+        with pytest.raises(ArgumentError, match="out: must have the shape"):
+            quantize(X, scale_format=scale_format, out=into)  # type: ignore[arg-type]
+    assert not launched
+
+
+def test_room_for_a_result_is_made_first(
+    launched: list[str], out: ScaledTensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MODULE._seen.add(TASK._replace(subject=MODULE._signed(X)))
+    rooms = [out, quantize(np.zeros_like(X))]
+    monkeypatch.setattr(MODULE, "empty_scaled", lambda *_: rooms.pop(0))
+    assert quantize(X) is out and launched == ["X"]
+    made = quantize(X)  # in memory without a launch
+    assert np.array_equal(codes_of(made), codes_of(out)) and launched == ["X"] and not rooms
+
+
+def test_what_torch_refuses_has_no_signature(
+    out: ScaledTensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(array: Any) -> Any:
+        raise RuntimeError("Cannot access data pointer of Tensor that doesn't have storage")
+
+    monkeypatch.setattr(MODULE, "signature", refuse)
+    assert np.array_equal(codes_of(quantize(X)), codes_of(out))
+
+
 # ------------------------------------------------------------------------------ kernels without GPU
 
 CONFIGS = [
@@ -689,6 +765,47 @@ def test_gpu_runs_on_the_current_stream(rng: np.random.Generator) -> None:
         device = quantize(on_device(x))
         stream.synchronize()
         same_bits(device, quantize(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_gpu_a_repeated_call_is_ready_and_right(rng: np.random.Generator, library: str) -> None:
+    x: Any = on_device(np.zeros((37, 272), np.float32))
+    if library == "torch":
+        torch = pytest.importorskip("torch", reason="torch is not installed")
+        if not torch.cuda.is_available():
+            pytest.skip("torch has no CUDA device")
+        x = torch.zeros((37, 272), device="cuda")
+    for scale_format in FORMATS:
+        out = quantize(x, scale_format=scale_format)
+        quantize(x, scale_format=scale_format, out=out)
+        before = len(MODULE._ready)
+        for reused in (True, True, True, False, False, False):
+            values = hard_values(rng, (37, 272), np.dtype(np.float32))
+            as_native("x", x).set(values)
+            out.data.view(np.uint8)[...] = 0
+            if reused:
+                assert quantize(x, scale_format=scale_format, out=out) is out
+            else:
+                del out  # whose memory the next result may get
+                out = quantize(x, scale_format=scale_format)
+            assert out.framework == library and out.scale_format == scale_format
+            same_bits(out, quantize(values, scale_format=scale_format))
+            if reused:
+                assert len(MODULE._ready) == before
+        relabelled = ScaledTensor(out.data, out.scales, (1, 128), "float32", out.framework)
+        if scale_format == "pow2":
+            with pytest.raises(ArgumentError, match="out: must have the shape"):
+                quantize(x, scale_format="pow2", out=relabelled)
+
+
+@pytest.mark.gpu
+def test_gpu_a_tensor_without_memory_is_refused() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA device")
+    with pytest.raises(ArgumentError, match=r"^x: must be a tensor with strides"):
+        quantize(torch.eye(16, device="cuda").to_sparse())
 
 
 @pytest.mark.gpu

@@ -5,7 +5,6 @@ Without a Hopper GPU ``import cupy as cp`` is replaced by ``import numpy as cp``
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import re
@@ -13,12 +12,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from doc_pages import PAGES, ROOT, name_of, run_blocks
+from example_modules import load_example
 
 import cpgemm
 from cpgemm import __main__ as command_line
@@ -165,15 +164,6 @@ def run_example(name: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(ROOT / "examples" / name)],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
-
-
-def load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("example", ROOT / "examples" / name)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_quickstart() -> None:

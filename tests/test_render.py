@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from tiny_kernels import GOLDEN
 
 from cpgemm import env
 from cpgemm.errors import ArgumentError, CompileError
-from cpgemm.render import KernelSource, headers_of, render
+from cpgemm.headers import find_headers
+from cpgemm.render import KernelSource, render
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(env, "template_dir", lambda: tmp_path)
     monkeypatch.setattr(env, "header_dir", lambda: tmp_path)
     return tmp_path
+
+
+def headers_of(text: str) -> list[str]:
+    return [header.name for header in find_headers(text, (env.header_dir(),))]
 
 
 def tiny(**changes: object) -> KernelSource:
@@ -67,6 +73,14 @@ def test_an_undefined_field_fails(folder: Path) -> None:
     (folder / "bad.cu.j2").write_text("int a;\nint b = {{ config.block_q }};\n")
     with pytest.raises(CompileError, match=r"bad\.cu\.j2:2: .*block_q"):
         render("bad.cu.j2", name="t", entry="t", values={"config": Config()})
+
+
+def test_what_a_template_computes_is_located(folder: Path) -> None:
+    """With the lines around, as for a template of a user (test_user_template.py)."""
+    (folder / "bad.cu.j2").write_text("int a;\nint b = {{ 1 // threads }};\n")
+    path = re.escape(str(folder / "bad.cu.j2"))
+    with pytest.raises(CompileError, match=rf"{path}:2: ZeroDivisionError.*\n\n.*\n>     2 | int"):
+        render("bad.cu.j2", name="t", entry="t", values={"threads": 0})
 
 
 def test_a_malformed_template_is_located(folder: Path) -> None:
@@ -117,15 +131,15 @@ def test_the_banner_holds_no_addresses() -> None:
 def test_header_closure_in_order_of_inclusion(folder: Path) -> None:
     (folder / "other.cuh").write_text('#pragma once\n  #  include "tiny_inner.cuh"\n')
     text = '#include "tiny.cuh"\n#include "other.cuh"\n#include <cuda/std/array>\n'
-    assert headers_of(text) == ("tiny.cuh", "tiny_inner.cuh", "other.cuh")
-    assert headers_of('// #include "nowhere.cuh"\n') == ()
+    assert headers_of(text) == ["tiny.cuh", "tiny_inner.cuh", "other.cuh"]
+    assert headers_of('// #include "nowhere.cuh"\n') == []
 
 
 def test_headers_in_circles_and_in_folders(folder: Path) -> None:
     (folder / "sub").mkdir()
     (folder / "sub" / "a.cuh").write_text('#include "b.cuh"\n#include "../tiny_inner.cuh"\n')
     (folder / "sub" / "b.cuh").write_text('#include "a.cuh"\n')
-    assert headers_of("#include <sub/a.cuh>\n") == ("sub/a.cuh", "sub/b.cuh", "tiny_inner.cuh")
+    assert headers_of("#include <sub/a.cuh>\n") == ["sub/a.cuh", "sub/b.cuh", "tiny_inner.cuh"]
 
 
 def test_a_missing_header_names_includer_and_suggests(folder: Path) -> None:

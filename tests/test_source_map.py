@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cpgemm.source_map import Header, SourceMap, excerpt, match_lines
+from cpgemm.headers import Header
+from cpgemm.source_map import SourceMap, excerpt, match_lines
 
 MAP = SourceMap(
-    "/u/mine.cu.j2",
     (None, ("/u/mine.cu.j2", 1), ("/u/part.j2", 7)),
     {"/u/mine.cu.j2": "one\n", "/u/part.j2": "part\n"},
     (Header("ptx.cuh", "/p/ptx.cuh", b"ptx\n"), Header("sub/a.cuh", "/u/sub/a.cuh", b"a\n")),

@@ -248,7 +248,10 @@ def test_a_dry_run_lists_the_candidates(capsys: pytest.CaptureFixture) -> None:
         offered = [config.name for config, _ in candidates(GemmProblem(m, n, k), H200)]
         assert [line.split()[1] for line in lines if line.startswith(f"{shape} ")] == offered
     assert "4 shapes, " in lines[-1] and "nothing was timed" in lines[-1]
+    assert lines[-1].endswith(f"would go to {path_for(H200)}.")
     assert not path_for(H200).exists()
+    assert main(["tune", "1", "256", "512", "--dry-run", "--file", "~/mine.json"]) == 0
+    assert capsys.readouterr().out.endswith(f" {Path.home() / 'mine.json'}.\n")
 
 
 def test_the_command(gpu: FakeTrials, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

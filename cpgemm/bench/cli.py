@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from cpgemm.bench.cases import SUITES, on_cpu, single, suites
 from cpgemm.bench.result import Case, Report, read_report, write_report, write_text
 from cpgemm.console import positive
 from cpgemm.errors import DeviceError, MissingDependencyError, reject
+from cpgemm.random_data import seed_or_fresh
 
 __all__ = ["add_parser", "measured", "run"]
 
@@ -181,7 +181,7 @@ def _measure(args: argparse.Namespace) -> tuple[Report, bool]:
         (_QUICK_WINDOWS, _QUICK_WINDOW_MS) if args.quick else (_WINDOWS, _WINDOW_MS)
     )
     pdl = (False, True) if args.pdl is None else (args.pdl,)
-    seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+    seed = seed_or_fresh(args.seed)
     method = {
         "text": _METHOD, "suites": list(dict.fromkeys(case.suite for case in cases)),
         "cases": len(cases), "windows": windows, "window_ms": window_ms, "pdl": list(pdl),

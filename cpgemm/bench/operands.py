@@ -18,6 +18,7 @@ import numpy as np
 from cpgemm.bench.result import Case
 from cpgemm.kernel_check import on_host
 from cpgemm.quantize import quantize
+from cpgemm.random_data import POOL, repeated
 from cpgemm.sampled_check import NAN_BITS, largest_errors, relative_error, stratified
 from cpgemm.scaled import BLOCK, Array, ScaledTensor
 from cpgemm.timing import rotations
@@ -27,7 +28,6 @@ __all__ = ["PRODUCTS", "Operands", "Pool", "Product", "bytes_of", "tolerance"]
 PRODUCTS = ("dense", "contiguous", "masked")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-_POOL = 4194301  # prime, so that no two rows of a matrix repeat
 _SAMPLED_ROWS = 64  # of a dense result; of a grouped one, those of some groups together
 _SAMPLED_GROUPS = 4
 _LEAST_MASKED_ROWS = 512  # room for rows in each group of a masked product
@@ -41,20 +41,16 @@ class Pool:
     """
 
     def __init__(self, seed: int, xp: Any) -> None:
-        self._xp, self._seed = xp, seed
+        self._seed = seed
         rng = np.random.default_rng(seed)
-        self._values = xp.asarray(rng.standard_normal(_POOL, dtype=np.float32))
+        self._values = xp.asarray(rng.standard_normal(POOL, dtype=np.float32))
         self.host: dict[Any, Any] = {}
 
     def matrix(self, *shape: int) -> Array:
         """float32 of this shape; the same values whenever the same shape is asked for."""
-        size = math.prod(shape)
         place = np.random.default_rng([self._seed, *shape])
-        start = 4 * int(place.integers(_POOL // 4))  # a multiple of 16 bytes
-        values = self._values
-        if start + size > _POOL:
-            values = self._xp.tile(values, -(-(start + size) // _POOL))
-        return values[start : start + size].reshape(shape)
+        start = 4 * int(place.integers(POOL // 4))  # a multiple of 16 bytes
+        return repeated(self._values, math.prod(shape), start).reshape(shape)
 
 
 @dataclass(frozen=True)
