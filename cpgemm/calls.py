@@ -2,28 +2,41 @@
 
 Every rule of a product is about types, addresses, shapes and strides.  A call whose operands agree
 in all of these with those of an earlier call needs no more than that call's launch.  Nothing here
-keeps an array alive: a key holds numbers, and memory that comes back at the same address with the
-same shape is as good as before.
+keeps an array alive: a key holds numbers, or what stands for them, and memory that comes back at
+the same address with the same shape is as good as before.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
 from cpgemm import settings
-from cpgemm.dlpack import Framework, framework_of
+from cpgemm.dlpack import Framework, framework_of, framework_of_type
 from cpgemm.launch import PreparedLaunch
-from cpgemm.layout import is_cupy
 from cpgemm.scaled import ScaledTensor
 
-__all__ = ["ReadyCalls", "signature", "working_framework"]
+__all__ = ["Launch", "ReadyCalls", "signature", "signers", "working_framework"]
 
 _LIMIT = 8192  # launches, of about 2 KiB each
 
+Launch = Callable[[], None]
+"""A ``PreparedLaunch``, or what ``ReadyCalls`` keeps of it."""
 _Signer = Callable[[Any], Hashable]
-_signers: dict[type, _Signer] = {}
+
+
+class _Signers(dict[type, _Signer]):
+    """What signs the objects of a type, found out once for each."""
+
+    def __missing__(self, kind: type) -> _Signer:
+        signer = self[kind] = _find_signer(kind)
+        return signer
+
+
+signers = _Signers()
+"""``signers[type(array)](array)`` is ``signature(array)``, for the hottest path."""
 
 
 def signature(array: Any) -> Hashable:
@@ -31,29 +44,26 @@ def signature(array: Any) -> Hashable:
 
     None for None and for whatever else: such calls are checked each time.
     """
-    signer = _signers.get(type(array))
-    return signer(array) if signer is not None else _learn(type(array), array)
+    return signers[type(array)](array)
 
 
-def _learn(kind: type, array: Any) -> Hashable:
-    signer: _Signer = _no_signature
+def _find_signer(kind: type) -> _Signer:
     if issubclass(kind, ScaledTensor):
-        signer = _of_scaled
-    elif is_cupy(array):
-        signer = _of_cupy
+        return _of_scaled
+    framework = framework_of_type(kind)
+    if framework == "cupy":
+        return _of_cupy
     # No other subclasses of torch's: those that trace have no memory.
-    elif framework_of(array) == "torch" and kind.__name__ in ("Tensor", "Parameter"):
-        signer = _of_torch
-    _signers[kind] = signer
-    return signer(array)
+    if framework == "torch" and kind.__name__ in ("Tensor", "Parameter"):
+        return _of_torch
+    return _no_signature
 
 
 def _no_signature(array: Any) -> None:
     return None
 
 
-def _of_scaled(tensor: ScaledTensor) -> Hashable:
-    return tensor.signature
+_of_scaled = operator.attrgetter("signature")
 
 
 def _of_cupy(array: Any) -> Hashable:
@@ -90,13 +100,15 @@ class ReadyCalls:
     """
 
     def __init__(self) -> None:
-        self._launches: dict[Hashable, PreparedLaunch] = {}
+        self._launches: dict[Hashable, Launch] = {}
         self._lock = threading.Lock()
         self.get = self._launches.get
         settings.on_change(self.forget)
 
-    def put(self, key: Hashable, launch: PreparedLaunch) -> None:
+    def put(self, key: Hashable, launch: Launch) -> None:
         """Keep a launch for later calls."""
+        if isinstance(launch, PreparedLaunch):
+            launch = launch.__call__  # a method is called quicker than an object
         with self._lock:
             while len(self._launches) >= _LIMIT:
                 del self._launches[next(iter(self._launches))]

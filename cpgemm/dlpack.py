@@ -56,6 +56,7 @@ __all__ = [
     "current_stream",
     "empty",
     "framework_of",
+    "framework_of_type",
     "share",
     "stream_getter",
     "to_jax",
@@ -81,6 +82,11 @@ def framework_of(value: object) -> Framework | None:
     ``"dlpack"``: any other object with ``__dlpack__`` and ``__dlpack_device__``.
     """
     return _road(type(value))[0]
+
+
+def framework_of_type(kind: type) -> Framework | None:
+    """``framework_of`` for objects of the type ``kind``."""
+    return _road(kind)[0]
 
 
 _roads: dict[type, tuple[Framework | None, _Road]] = {}  # found out once per type

@@ -63,7 +63,7 @@ _TILES = (
 def configurations(out_dtype: OutDtype) -> tuple[KernelConfig, ...]:
     """The finite set of dense kernels for one output dtype."""
     whole = (deepest(KernelConfig, tile, out_dtype) for tile in _TILES)
-    # Two blocks of five stages fit a multiprocessor, of eight one: few clusters, but more in flight.
+    # Of five stages two blocks fit a multiprocessor; of eight one, with more bytes under way.
     split = [
         SplitKernelConfig(64, 64, stages, 1, out_dtype=out_dtype, splits=splits)
         for splits, stages in ((2, 5), (2, 8), (4, 5))

@@ -8,14 +8,20 @@ import pytest
 from gemm_checks import operands
 
 import cpgemm
-from cpgemm import calls, settings
+from cpgemm import ScaledTensor, calls, dlpack_abi, settings
 from cpgemm.gemm import _ready
+from cpgemm.launch import PreparedLaunch
+from cpgemm.layout import FP8
+from cpgemm.plan import call_key
 
 BITS = np.uint16
 
 
 class Launch:
     """Stands in for a launch; only kept and handed out here."""
+
+    def __call__(self):
+        raise AssertionError("nobody launches here")
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +47,64 @@ def test_the_oldest_are_forgotten():
         ready.put(number, Launch())
     assert len(ready) == calls._LIMIT
     assert ready.get(2) is None and ready.get(3) is not None
+
+
+def test_what_is_kept_of_a_prepared_launch_launches_it():
+    launched = []
+
+    class Prepared(PreparedLaunch):  # all but the driver's part
+        def __init__(self):
+            pass
+
+        def on(self, stream):
+            launched.append(self)
+
+        _stream, device = staticmethod(lambda device: 0), 0
+
+    ready, one = calls.ReadyCalls(), Prepared()
+    ready.put("key", one)
+    again = calls.ReadyCalls()  # as deep_gemm has it: what one remembers goes to another
+    again.put("key", ready.get("key"))
+    again.get("key")()
+    assert launched == [one]
+
+
+def on_gpu(address, shape, dtype, strides=None):
+    """A CuPy array that nobody may look into: there need not be a GPU."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    return dlpack_abi.cupy_view(address, 1 << 30, None, 0, shape, np.dtype(dtype), strides)
+
+
+def scaled_on_gpu(address=1 << 40, shape=(64, 256), framework="cupy"):
+    scales = on_gpu((1 << 40) + (1 << 30), (shape[0], 2), np.float32, (4, 4 * shape[0]))
+    data = on_gpu(address, shape, FP8)
+    return ScaledTensor.of_checked(data, scales, (1, 128), "float32", framework)
+
+
+def test_tensors_on_the_same_memory_have_the_same_signature():
+    one, same = scaled_on_gpu(), scaled_on_gpu()
+    assert calls.signature(one) is not None and calls.signature(one) == calls.signature(same)
+    others = (
+        scaled_on_gpu(1 << 41), scaled_on_gpu(shape=(32, 256)), scaled_on_gpu(framework="torch"),
+    )  # fmt: skip
+    assert len({calls.signature(tensor) for tensor in (one, same, *others)}) == 4
+
+
+def test_keys_of_products_tell_apart_what_matters():
+    a, b = scaled_on_gpu(), scaled_on_gpu(1 << 41)
+    out = on_gpu(1 << 42, (64, 64), np.uint16)
+    key = call_key(a, b, out, None)
+    assert key == call_key(scaled_on_gpu(), scaled_on_gpu(1 << 41), out[...], None)
+    keys = {
+        key, call_key(b, a, out, None), call_key(a, b, on_gpu(1 << 43, (64, 64), np.uint16), None),
+        call_key(a, b, on_gpu(1 << 42, (64, 64), np.uint16, (256, 2)), None),
+        call_key(a, b, on_gpu(1 << 42, (64, 64), np.float32), None), call_key(a, b, out, out),
+        call_key(a, b, out, None, "batch_invariant"), call_key(a, b, out, None, True, True),
+    }  # fmt: skip
+    assert len(keys) == 8
+    assert call_key(a, b, np.zeros((64, 64)), None) is None
+    assert call_key(a, b, out, np.zeros((64, 64))) is None
+    assert call_key(a, b, None, None) is None
 
 
 def test_arrays_of_the_cpu_have_no_signature(rng):
