@@ -186,11 +186,21 @@ class KernelConfig:
     # -------------------------------------------------------------------- derived, for the launch
 
     def rows_loaded(self, m: int) -> int:
-        """Rows of A (of ``m``) that a stage really loads: boxes that hang over its end are slow.
+        """Rows of A (of ``m``) that a stage of the first tile really loads.
 
         The rest of the stage keeps old bytes; they only reach rows of D that are never stored.
         """
-        return self.block_m if self.cluster > 1 else min(self.block_m, _round_up(m, 8))
+        return self.block_m if self.cluster_n > 1 else min(self.block_m, _round_up(m, 8))
+
+    def box_rows(self, m: int) -> int:
+        """Rows of A (of ``m``) in one TMA box, with multicast of both blocks together.
+
+        Boxes that hang far over the end of A are slow: where the last tile is not full, tiles are
+        loaded by boxes of 64 rows, as many as have rows.
+        """
+        if self.cluster_n > 1 or m <= self.block_m or m % self.block_m == 0:
+            return self.rows_loaded(m)
+        return 64
 
     def column_tiles(self, n: int) -> int:
         """Tiles side by side over ``n`` columns, those that pad the last cluster included."""
@@ -265,10 +275,6 @@ class SplitKernelConfig(KernelConfig):
     def cluster(self) -> int:
         """Blocks of a cluster."""
         return self.splits
-
-    def rows_loaded(self, m: int) -> int:
-        """Rows of A that a stage really loads."""
-        return min(self.block_m, _round_up(m, 8))
 
     def column_tiles(self, n: int) -> int:
         """Tiles side by side over ``n`` columns."""

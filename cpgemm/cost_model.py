@@ -10,19 +10,21 @@ chain      a consumer's own wgmma, wait and promotion for one k-block: a lower l
 epilogue   per tile: a fixed part, and one for each element that is converted, staged and stored;
            the last tile's overlaps nothing
 turns      tiles over multiprocessors, rounded up
-clock      falls from 1.9 to 1.68 GHz as the tensor rate nears 1200 TFLOPS: power
-L2         bytes over bandwidth for all multiprocessors together, and those of one over its own port
+clock      falls from 1.9 to 1.77 GHz as the tensor rate nears 1200 TFLOPS: power
+L2         bytes over bandwidth for all multiprocessors together
+port       those of one multiprocessor over what its port takes, less where few bytes are under way
 DRAM       bytes over bandwidth
 
-Rows of A or B that are no multiples of 128 bytes long straddle two lines of L2 for each 128 bytes.
-Where the last turn leaves multiprocessors idle, the others cannot draw all of the bandwidth.
+Rows of A or B that are no multiples of 128 bytes long straddle lines of L2: half of them where the
+length is a multiple of 64, three of four where it is one of 32, and so on.  Where the last turn
+leaves multiprocessors idle, the others cannot draw all of the bandwidth.
 
 The blocks of a split kernel run all at once: the chain of a block is that of its share of K, longer
 where two blocks share a multiprocessor, and summing over the cluster costs a fixed time.
 
-The parts overlap imperfectly: their norm of order 5 is taken, and launching added.  The weights are
-fitted to the timings of all kernels on 340 random shapes and on decode layers on one H200;
-docs/performance.md says how good the choices are.
+The parts overlap imperfectly: norms are taken, of a lower order for L2 and DRAM, which slow each
+other, than for the rest, and launching is added.  The weights are fitted to the timings of
+all kernels on random shapes on one H200; docs/performance.md says how good the choices are.
 """
 
 from __future__ import annotations
@@ -38,22 +40,23 @@ from cpgemm.problem import GemmProblem
 __all__ = ["H200", "Candidate", "Machine", "TileTimes", "predict", "suits", "tile_times"]
 
 # Fitted weights, in clocks at the unthrottled clock unless their name says otherwise.
-_BUSY = {1: 0.70, 2: 0.70, 3: 0.606}  # of tensor and shared, by consumers: these overlap the rest
-_PROMOTION = 2.06  # per FFMA
-_CHAIN = 343.0  # latency of one m64 wave: issue, wait, release ...
-_CHAIN_COLUMN = {1: 1.77, 2: 1.61, 3: 1.61}  # ... and per column of the tile: wgmma and promotion
-_EPILOGUE = 219.0
-_EPILOGUE_ELEMENT = {1: 0.095, 2: 0.095, 3: 0.083}
-_FULL_GHZ, _FULL_TFLOPS = 1.68, 1200.0
-_LAUNCH_US = 2.0
-_TAIL = 0.395  # of idle places in the last turn, on the time that DRAM takes
-_SPLIT_CHAIN = 216.0  # per k-block of a split kernel's block ...
-_SPLIT_SHARED = 0.2  # ... and this part more for each further block of the multiprocessor
-_SPLIT_US = {2: 0.88, 4: 0.96}  # to exchange and add the sums
-_CLUSTER_US = 0.67  # pairs of blocks start together and end together
-_PORT_BYTES, _SPLIT_PORT_BYTES = 77.3, 39.1  # a clock, from L2 into one multiprocessor
-_STRADDLED_L2, _STRADDLED_PORT = 1.59, 1.43  # where rows are no multiples of 128 bytes
-_NORM = 5.27
+_BUSY = {1: 0.6913, 2: 0.6913, 3: 0.6261}  # of tensor and shared, by consumers: may overlap
+_PROMOTION, _PROMOTION_ONE_WAVE = 2.529, 2.798  # per FFMA; two consumers with one wave hide less
+_CHAIN = 368.5  # latency of one m64 wave: issue, wait, release ...
+_CHAIN_COLUMN = {1: 0.855, 2: 1.158, 3: 1.158}  # ... and per column: wgmma and promotion
+_EPILOGUE = 615.8
+_EPILOGUE_ELEMENT = {1: 0.0790, 2: 0.0790, 3: 0.0772}
+_FULL_GHZ, _FULL_TFLOPS = 1.772, 1200.0
+_LAUNCH_US = 1.736
+_TAIL = 0.3425  # of idle places in the last turn, on the time that DRAM takes
+_SPLIT_CHAIN = 334.0  # per k-block of a split kernel's block ...
+_SPLIT_SHARED = 0.2038  # ... and this part more for each further block of the multiprocessor
+_SPLIT_US = {2: 1.255, 4: 1.429}  # to exchange and add the sums
+_CLUSTER_US = 0.6474  # pairs of blocks start together and end together
+_PORT_BYTES = 41.36  # a clock, from L2 into one multiprocessor, however many are under way
+_PORT_CLOCKS = 109.0  # and this long for those that are
+_STRADDLED_PORT = 0.2046  # power of the lines per 128 bytes, on the port's time
+_MEMORY_NORM, _NORM = 7.207, 16.74
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,9 @@ class Candidate:
     """A configuration ``config`` with its predicted time and the terms that make it up.
 
     ``waves``: turns of the blocks over the multiprocessors.  Microseconds: ``predicted_us``, of
-    which ``compute_us``, ``l2_us`` and ``dram_us`` are the parts that overlap.
+    which ``compute_us``, ``l2_us`` (all bytes, or those of one multiprocessor: the longer time) and
+    ``dram_us`` overlap; ``launch_us`` is what comes on top: launching, clusters, the last tile's
+    epilogue, the exchange of split kernels.
     """
 
     config: KernelConfig
@@ -115,13 +120,7 @@ class Candidate:
     compute_us: float
     l2_us: float
     dram_us: float
-
-    @property
-    def launch_us(self) -> float:
-        """What the terms do not make up: launching, clusters, the last tile's epilogue, the
-        exchange of split kernels.
-        """
-        return self.predicted_us - _overlapped(self.compute_us, self.l2_us, self.dram_us)
+    launch_us: float
 
     @property
     def bound(self) -> str:
@@ -148,8 +147,10 @@ def _k_block_clocks(config: KernelConfig) -> float:
     chain = config.waves * (_CHAIN + _CHAIN_COLUMN[config.row_parts] * config.wave_n)
     if config.row_parts == 1:
         return max(_busy_clocks(config), chain)
-    promotion = config.block_m / 64 * config.block_n / 2
-    return max(_busy_clocks(config) + _PROMOTION * promotion, chain)
+    one_wave = config.consumers == 2 and config.waves == 1
+    promotion = _PROMOTION_ONE_WAVE if one_wave else _PROMOTION
+    promotion *= config.block_m / 64 * config.block_n / 2
+    return max(_busy_clocks(config) + promotion, chain)
 
 
 def _split_k_block_clocks(config: SplitKernelConfig, tiles: int, machine: Machine) -> float:
@@ -174,22 +175,41 @@ def _epilogue_clocks(config: KernelConfig) -> float:
     return _EPILOGUE + _EPILOGUE_ELEMENT[config.consumers] * config.block_m * config.block_n
 
 
+def _lines(problem: GemmProblem) -> float:
+    """Lines of L2 that 128 bytes of a row of A or B lie in, in the mean."""
+    return 2 - math.gcd(problem.k, 128) / 128
+
+
 def _l2_us(box_rows: float, problem: GemmProblem, machine: Machine) -> float:
     """Time for ``box_rows`` rows of boxes, in all tiles together, for each k-block."""
-    straddled = _STRADDLED_L2 if problem.k % 128 else 1.0
-    return box_rows * problem.k_blocks * 128 * straddled / (machine.l2_tbs * 1e6)
+    return box_rows * problem.k_blocks * 128 * _lines(problem) / (machine.l2_tbs * 1e6)
 
 
 def _port_us(
-    box_rows: float, k_blocks: int, problem: GemmProblem, machine: Machine, bytes_a_clock: float
+    box_rows: float, k_blocks: int, stages: int, problem: GemmProblem, machine: Machine
 ) -> float:
-    """Time for ``box_rows`` rows of boxes, ``k_blocks`` times, into one multiprocessor."""
-    straddled = _STRADDLED_PORT if problem.k % 128 else 1.0
-    return box_rows * k_blocks * 128 * straddled / (bytes_a_clock * machine.clock_ghz * 1e3)
+    """Time for ``box_rows`` rows of boxes, ``k_blocks`` times, into one multiprocessor.
+
+    ``stages``: how many k-blocks are under way at a time.
+    """
+    clocks_a_byte = 1 / _PORT_BYTES + _PORT_CLOCKS / (stages * box_rows * 128)
+    lines = _lines(problem) ** _STRADDLED_PORT
+    return box_rows * k_blocks * 128 * lines * clocks_a_byte / (machine.clock_ghz * 1e3)
 
 
-def _overlapped(*us: float) -> float:
-    return float(sum(term**_NORM for term in us) ** (1 / _NORM))
+def _norm(order: float, *us: float) -> float:
+    return float(sum(term**order for term in us) ** (1 / order))
+
+
+def _candidate(
+    config: KernelConfig, waves: int, compute_us: float, l2_us: float, port_us: float,
+    dram_us: float, launch_us: float,
+) -> Candidate:  # fmt: skip
+    memory_us = _norm(_MEMORY_NORM, l2_us, dram_us)
+    predicted_us = launch_us + _norm(_NORM, compute_us, port_us, memory_us)
+    return Candidate(
+        config, predicted_us, waves, compute_us, max(l2_us, port_us), dram_us, launch_us
+    )
 
 
 def suits(problem: GemmProblem, config: KernelConfig, machine: Machine) -> bool:
@@ -207,18 +227,18 @@ def _predict_split(problem: GemmProblem, config: SplitKernelConfig, machine: Mac
     tiles = config.tiles(problem)
     k_blocks = -(-problem.k_blocks // config.splits)
     clocks = k_blocks * _split_k_block_clocks(config, tiles, machine)
-    compute_us = clocks / (machine.clock_ghz * 1e3)
     rows = config.rows_loaded(problem.m) + config.block_n
-    shared_rows = _blocks_of_one(config, tiles, machine) * rows
-    l2_us = _overlapped(
-        _l2_us(tiles * rows, problem, machine),
-        _port_us(shared_rows, k_blocks, problem, machine, _SPLIT_PORT_BYTES),
-    )
+    blocks = _blocks_of_one(config, tiles, machine)
     share = max(1.0, machine.sms / (tiles * config.splits))
-    dram_us = problem.bytes / (machine.dram_tbs * 1e6) * share**_TAIL
-    launch_us = _LAUNCH_US + _split_us(config)
-    predicted = launch_us + _overlapped(compute_us, l2_us, dram_us)
-    return Candidate(config, predicted, 1, compute_us, l2_us, dram_us)
+    return _candidate(
+        config,
+        1,
+        clocks / (machine.clock_ghz * 1e3),
+        _l2_us(tiles * rows, problem, machine),
+        _port_us(blocks * rows, k_blocks, min(config.stages, k_blocks), problem, machine),
+        problem.bytes / (machine.dram_tbs * 1e6) * share**_TAIL,
+        _LAUNCH_US + _split_us(config),
+    )
 
 
 def predict(problem: GemmProblem, config: KernelConfig, machine: Machine = H200) -> Candidate:
@@ -234,17 +254,23 @@ def predict(problem: GemmProblem, config: KernelConfig, machine: Machine = H200)
     compute_us = clocks / ((machine.clock_ghz - load * (machine.clock_ghz - _FULL_GHZ)) * 1e3)
     rows = config.rows_loaded(problem.m)
     loaded = rows / config.cluster_n + config.block_n / config.cluster_m
-    all_k_blocks = waves * problem.k_blocks
-    l2_us = _overlapped(
-        _l2_us(tiles * loaded, problem, machine),
-        _port_us(rows + config.block_n, all_k_blocks, problem, machine, _PORT_BYTES),
-    )
     share = waves * config.blocks(machine.sms, machine.sms) / tiles
-    dram_us = problem.bytes / (machine.dram_tbs * 1e6) * share**_TAIL
     launch_us = _LAUNCH_US + (_CLUSTER_US if config.cluster > 1 else 0.0)
-    launch_us += epilogue / (machine.clock_ghz * 1e3)
-    predicted = launch_us + _overlapped(compute_us, l2_us, dram_us)
-    return Candidate(config, predicted, waves, compute_us, l2_us, dram_us)
+    return _candidate(
+        config,
+        waves,
+        compute_us,
+        _l2_us(tiles * loaded, problem, machine),
+        _port_us(
+            rows + config.block_n,
+            waves * problem.k_blocks,
+            min(config.stages, problem.k_blocks),
+            problem,
+            machine,
+        ),
+        problem.bytes / (machine.dram_tbs * 1e6) * share**_TAIL,
+        launch_us + epilogue / (machine.clock_ghz * 1e3),
+    )
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ class GemmPlan:
     def _arguments(self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any) -> tuple[Any, ...]:
         """The kernel's parameters in their order, in the units of its signature."""
         config, p = self.config, self.problem
-        rows = config.rows_loaded(p.m)
+        rows = config.box_rows(p.m)
         map_a = matrix_map(a.data, (rows // config.cluster_n, BLOCK), 128)
         map_b = matrix_map(b.data, (config.block_n // config.cluster_m, BLOCK), 128)
         scale_pitch = 4 * a.scales_pitch

@@ -80,6 +80,14 @@ struct Producer {
         ptx::mbarrier_wait(&shared.ring.empty[position.stage], position.phase ^ 1);
     }
 
+    // Boxes for the rows of A from `row` on, of `m`: one that holds all of them, or as many of box_rows = 64 as
+    // it takes. Boxes that hang far over the end of A would be slow.
+    __device__ __forceinline__ void fit_boxes(int row, int m) {
+        const int rows = min(m - row, Tile::kBlockM);
+        row_boxes = rows <= 0 ? 0 : rows <= box_rows ? 1 : (rows + 63) / 64;
+        scale_boxes = row_boxes;
+    }
+
     __device__ __forceinline__ u32 stage_bytes() const {
         return (row_boxes * box_rows + Tile::kBlockN) * Tile::kBlockK +
                scale_boxes * scale_rows * static_cast<int>(sizeof(float));

@@ -15,18 +15,18 @@ from cpgemm.errors import ArgumentTypeError
 SHAPE = (4096, 7168, 2048)
 
 
-def test_two_stages_more(tmp_path: Path) -> None:
-    a = cpgemm.kernel("dense_64x32_s16_w1_bfloat16")
-    b = cpgemm.kernel("dense_64x16_s16_w1_bfloat16")
+def test_half_the_columns() -> None:
+    a = cpgemm.kernel("dense_64x64_s8_w1_bfloat16")
+    b = cpgemm.kernel("dense_64x32_s16_w1_bfloat16")
     text = cpgemm.diff(a, b).source
     assert text.startswith(f"--- {a.name}\n+++ {b.name}\n@@")
-    assert "-constexpr int kBlockN = 32;" in text and "+constexpr int kBlockN = 16;" in text
+    assert "-constexpr int kBlockN = 64;" in text and "+constexpr int kBlockN = 32;" in text
 
 
 @needs_nvrtc
 def test_resources_and_counts() -> None:
-    a = cpgemm.kernel("dense_64x32_s16_w1_bfloat16")
-    b = cpgemm.kernel("dense_64x16_s16_w1_bfloat16")
+    a = cpgemm.kernel("dense_64x64_s8_w1_bfloat16")
+    b = cpgemm.kernel("dense_64x32_s16_w1_bfloat16")
     found = cpgemm.diff(a, b)
     names = {row[0] for row in found.resources}
     assert {"registers per thread", "dynamic shared memory"} <= names
@@ -65,7 +65,7 @@ def test_equal_kernels() -> None:
 
 @needs_nvrtc
 def test_a_kernel_with_a_main_loop_and_one_without() -> None:
-    found = cpgemm.diff(cpgemm.kernel("dense_64x16_s16_w1_bfloat16"), cpgemm.kernel("moe_gather"))
+    found = cpgemm.diff(cpgemm.kernel("dense_64x32_s16_w1_bfloat16"), cpgemm.kernel("moe_gather"))
     assert ("wgmma", "12", "no loop") in found.main_loop
     assert "no loop" in str(found)
 

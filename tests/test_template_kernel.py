@@ -73,7 +73,7 @@ def test_without_a_problem(tmp_path: Path) -> None:
 @needs_nvrtc
 def test_editing_and_rendering_again(tmp_path: Path) -> None:
     path = dense_copy(tmp_path)
-    config = next(c for c in configurations("bfloat16") if c.name.startswith("dense_64x16"))
+    config = next(c for c in configurations("bfloat16") if c.name.startswith("dense_64x32"))
     first = cpgemm.kernel_from_template(path, SHAPE, config)
     before = compile_count()
     assert first.counts.whole["wgmma"] and compile_count() == before + 1
@@ -371,7 +371,7 @@ def test_gpu_the_check_finds_mistakes(
 @pytest.mark.gpu
 def test_gpu_changed_shared_memory_alone_is_another_kernel(tmp_path: Path) -> None:
     path = dense_copy(tmp_path)
-    config = next(c for c in configurations("bfloat16") if c.name.startswith("dense_64x16"))
+    config = next(c for c in configurations("bfloat16") if c.name.startswith("dense_64x32"))
     kernel = cpgemm.kernel_from_template(path, SHAPE, config)
     assert kernel.check().fraction <= 1
     more = cpgemm.kernel_from_template(path, SHAPE, config, shared_bytes=config.shared_bytes + 1024)
