@@ -18,12 +18,10 @@ from cpgemm.dlpack import Framework, framework_of, framework_of_type
 from cpgemm.launch import PreparedLaunch
 from cpgemm.scaled import ScaledTensor
 
-__all__ = ["Launch", "ReadyCalls", "signature", "signers", "working_framework"]
+__all__ = ["ReadyCalls", "signature", "signers", "working_framework"]
 
 _LIMIT = 8192  # launches, of about 2 KiB each
 
-Launch = Callable[[], None]
-"""A ``PreparedLaunch``, or what ``ReadyCalls`` keeps of it."""
 _Signer = Callable[[Any], Hashable]
 
 
@@ -100,15 +98,13 @@ class ReadyCalls:
     """
 
     def __init__(self) -> None:
-        self._launches: dict[Hashable, Launch] = {}
+        self._launches: dict[Hashable, PreparedLaunch] = {}
         self._lock = threading.Lock()
         self.get = self._launches.get
         settings.on_change(self.forget)
 
-    def put(self, key: Hashable, launch: Launch) -> None:
+    def put(self, key: Hashable, launch: PreparedLaunch) -> None:
         """Keep a launch for later calls."""
-        if isinstance(launch, PreparedLaunch):
-            launch = launch.__call__  # a method is called quicker than an object
         with self._lock:
             while len(self._launches) >= _LIMIT:
                 del self._launches[next(iter(self._launches))]

@@ -16,6 +16,7 @@ from cpgemm.problem import GemmProblem, OutDtype
 
 __all__ = [
     "SHARED_LIMIT",
+    "TAIL_ROWS",
     "AdaptiveKernelConfig",
     "GroupedKernelConfig",
     "KernelConfig",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one block may have on Hopper
+TAIL_ROWS = 64  # of A in one box of a last tile that is far from full
 
 _BLOCK_K = 128
 _REGISTER_FILE = 65536  # 32-bit registers of one SM
@@ -191,16 +193,6 @@ class KernelConfig:
         The rest of the stage keeps old bytes; they only reach rows of D that are never stored.
         """
         return self.block_m if self.cluster_n > 1 else min(self.block_m, _round_up(m, 8))
-
-    def box_rows(self, m: int) -> int:
-        """Rows of A (of ``m``) in one TMA box, with multicast of both blocks together.
-
-        Boxes that hang far over the end of A are slow: where the last tile is not full, tiles are
-        loaded by boxes of 64 rows, as many as have rows.
-        """
-        if self.cluster_n > 1 or m <= self.block_m or m % self.block_m == 0:
-            return self.rows_loaded(m)
-        return 64
 
     def column_tiles(self, n: int) -> int:
         """Tiles side by side over ``n`` columns, those that pad the last cluster included."""

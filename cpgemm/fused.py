@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
-from cpgemm.calls import Launch, ReadyCalls, signature, working_framework
+from cpgemm.calls import ReadyCalls, signature, working_framework
 from cpgemm.compiler import CompiledKernel, compile_kernel
 from cpgemm.cost_model import Machine
 from cpgemm.dlpack import Framework, as_framework, as_native, empty, framework_of
@@ -216,7 +216,7 @@ def _returned(a: ScaledTensor, out: Any, made: bool) -> Any:
 
 def ready_launch(
     a: Any, b: Any, out: Any, index: Any, options: Hashable, epilogue: Any
-) -> tuple[Hashable, Launch | None]:
+) -> tuple[Hashable, PreparedLaunch | None]:
     """Key and launch of an earlier grouped call on these very operands, None for new ones."""
     known = (
         signature(a), signature(b), signature(index), getattr(epilogue, "signature", None),

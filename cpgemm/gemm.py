@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from cpgemm.calls import Launch, ReadyCalls, signature, working_framework
+from cpgemm.calls import ReadyCalls, signature, working_framework
 from cpgemm.cost_model import Machine
 from cpgemm.dlpack import as_framework, as_native, empty
 from cpgemm.epilogue_heuristics import choose_kernel
 from cpgemm.fused import fused_gemm
+from cpgemm.launch import PreparedLaunch
 from cpgemm.plan import cached_plan, call_key
 from cpgemm.problem import (
     OUT_DTYPES,
@@ -103,7 +104,7 @@ def ready_gemm(
     *,
     deterministic: Deterministic = True,
     static_b: bool = False,
-) -> Launch | None:
+) -> PreparedLaunch | None:
     """The launch of an earlier ``gemm`` on these very operands, if it is still known."""
     return _ready.get(call_key(a, b, out, c, deterministic, static_b))
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cpgemm import env, settings
-from cpgemm.calls import Launch, ReadyCalls, signature, working_framework
+from cpgemm.calls import ReadyCalls, signature, working_framework
 from cpgemm.compiler import load_kernel
 from cpgemm.config import AdaptiveKernelConfig, GroupedKernelConfig
 from cpgemm.cost_model import Machine
@@ -185,7 +185,7 @@ def _key(a: Any, b: Any, out: Any, index: Any, layout: str, fill: bool) -> Hasha
 
 def ready_grouped(
     a: ScaledTensor, b: ScaledTensor, out: Any, index: Any, layout: str, fill_padding: bool = False
-) -> Launch | None:
+) -> PreparedLaunch | None:
     """The launch of an earlier call on these very operands, if it is still known."""
     return _ready.get(_key(a, b, out, index, layout, fill_padding))
 

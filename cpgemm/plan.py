@@ -14,7 +14,7 @@ import numpy as np
 from cpgemm import settings
 from cpgemm.calls import ReadyCalls, signature, signers, working_framework
 from cpgemm.compiler import CompiledKernel, compile_kernel, load_kernel
-from cpgemm.config import KernelConfig, SplitKernelConfig
+from cpgemm.config import TAIL_ROWS, KernelConfig, SplitKernelConfig
 from cpgemm.cost_model import H200, Machine
 from cpgemm.dlpack import Framework, as_native
 from cpgemm.epilogue_heuristics import choose_kernel, why_not
@@ -177,8 +177,10 @@ class GemmPlan:
     def _arguments(self, a: ScaledTensor, b: ScaledTensor, out: Any, c: Any) -> tuple[Any, ...]:
         """The kernel's parameters in their order, in the units of its signature."""
         config, p = self.config, self.problem
-        rows = config.box_rows(p.m)
-        map_a = matrix_map(a.data, (rows // config.cluster_n, BLOCK), 128)
+        rows = config.rows_loaded(p.m)
+        map_a, map_tail = (
+            matrix_map(a.data, (box // config.cluster_n, BLOCK), 128) for box in (rows, TAIL_ROWS)
+        )
         map_b = matrix_map(b.data, (config.block_n // config.cluster_m, BLOCK), 128)
         scale_pitch = 4 * a.scales_pitch
         map_scale_a = tensor_map(pointer(a.scales), p.k_blocks, p.m, scale_pitch, 4, (1, rows), 0)
@@ -190,6 +192,7 @@ class GemmPlan:
         item = out.itemsize
         return (
             map_a,
+            map_tail,
             map_b,
             map_scale_a,
             *map_d,

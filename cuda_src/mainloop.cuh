@@ -80,12 +80,16 @@ struct Producer {
         ptx::mbarrier_wait(&shared.ring.empty[position.stage], position.phase ^ 1);
     }
 
-    // Boxes for the rows of A from `row` on, of `m`: one that holds all of them, or as many of box_rows = 64 as
-    // it takes. Boxes that hang far over the end of A would be slow.
-    __device__ __forceinline__ void fit_boxes(int row, int m) {
-        const int rows = min(m - row, Tile::kBlockM);
-        row_boxes = rows <= 0 ? 0 : rows <= box_rows ? 1 : (rows + 63) / 64;
-        scale_boxes = row_boxes;
+    // The boxes for rows `row`.. of the m rows of A: one of `whole` with whole_rows, or, for a last tile that is
+    // far from full, as many of `tail` with 64 as have rows. A box that hangs far over the end of A is slow; and
+    // so are many small ones for every tile.
+    __device__ __forceinline__ void fit_boxes(
+        int row, int m, const TensorMap& whole, int whole_rows, const TensorMap& tail) {
+        const int rows = m - row;
+        const bool few = Tile::kBlockM > 64 && m > Tile::kBlockM && rows <= Tile::kBlockM - 64;
+        map_a = few ? &tail : &whole;
+        box_rows = few ? 64 : whole_rows;
+        row_boxes = few ? max(rows + 63, 0) / 64 : 1;
     }
 
     __device__ __forceinline__ u32 stage_bytes() const {

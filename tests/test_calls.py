@@ -10,7 +10,6 @@ from gemm_checks import operands
 import cpgemm
 from cpgemm import ScaledTensor, calls, dlpack_abi, settings
 from cpgemm.gemm import _ready
-from cpgemm.launch import PreparedLaunch
 from cpgemm.layout import FP8
 from cpgemm.plan import call_key
 
@@ -47,26 +46,6 @@ def test_the_oldest_are_forgotten():
         ready.put(number, Launch())
     assert len(ready) == calls._LIMIT
     assert ready.get(2) is None and ready.get(3) is not None
-
-
-def test_what_is_kept_of_a_prepared_launch_launches_it():
-    launched = []
-
-    class Prepared(PreparedLaunch):  # all but the driver's part
-        def __init__(self):
-            pass
-
-        def on(self, stream):
-            launched.append(self)
-
-        _stream, device = staticmethod(lambda device: 0), 0
-
-    ready, one = calls.ReadyCalls(), Prepared()
-    ready.put("key", one)
-    again = calls.ReadyCalls()  # as deep_gemm has it: what one remembers goes to another
-    again.put("key", ready.get("key"))
-    again.get("key")()
-    assert launched == [one]
 
 
 def on_gpu(address, shape, dtype, strides=None):

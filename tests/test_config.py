@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cpgemm.config import SHARED_LIMIT, KernelConfig, SplitKernelConfig
+from cpgemm.config import SHARED_LIMIT, KernelConfig
 from cpgemm.problem import GemmProblem
 
 LARGE = KernelConfig(256, 128, 3)
@@ -73,13 +73,6 @@ def test_rows_loaded_match_m():
     assert [small.rows_loaded(m) for m in (1, 8, 9, 64, 300)] == [8, 8, 16, 64, 64]
     assert KernelConfig(256, 128, 3, cluster_n=2).rows_loaded(1) == 256
     assert KernelConfig(256, 128, 3, cluster_m=2).rows_loaded(9) == 16
-
-
-def test_boxes_do_not_hang_far_over_the_end():
-    tall = KernelConfig(192, 128, 4, 3)
-    assert [tall.box_rows(m) for m in (1, 190, 192, 200, 384, 385)] == [8, 192, 192, 64, 192, 64]
-    assert KernelConfig(256, 128, 3, cluster_n=2).box_rows(300) == 256
-    assert SplitKernelConfig(128, 64, 7).box_rows(146) == 64
 
 
 def test_tiles_and_grid():

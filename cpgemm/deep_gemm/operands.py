@@ -6,10 +6,11 @@ from collections.abc import Hashable
 from typing import Any
 
 from cpgemm import env
-from cpgemm.calls import Launch, ReadyCalls, signature
+from cpgemm.calls import ReadyCalls, signature
 from cpgemm.deep_gemm.arrays import on_device, torch_of
 from cpgemm.deep_gemm.layouts import get_mn_major_tma_aligned_tensor
 from cpgemm.errors import ArgumentError, ArgumentTypeError, reject
+from cpgemm.launch import PreparedLaunch
 from cpgemm.layout import ALIGNMENT, BLOCK, Granularity, pointer
 from cpgemm.scaled import ScaledTensor
 
@@ -45,7 +46,7 @@ def repeated(key: tuple[Hashable, ...] | None) -> bool:
 
 def remember(
     key: Hashable, pairs: tuple[Pair, Pair], operands: tuple[ScaledTensor, ScaledTensor],
-    launch: Launch | None,
+    launch: PreparedLaunch | None,
 ) -> None:  # fmt: skip
     """Keep a launch, unless factors had to be copied, which every call must do again."""
     if key is None or launch is None:

@@ -88,10 +88,10 @@ using Scheduler = TileScheduler<kBlockM, kBlockN, kClusterM, kClusterN, kRasterG
 static_assert(sizeof(SharedMemory<Tile>) == kSharedBytes, "the host's shared memory size differs from the kernel's");
 
 extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__(Tile::kCluster, 1, 1) cpgemm_dense(
-    const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
-    const __grid_constant__ TensorMap map_scale_a, const __grid_constant__ TensorMap map_d,
+    const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_tail,
+    const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_scale_a, const __grid_constant__ TensorMap map_d,
     const float* __restrict__ scale_b, const Element* c, Element* d, long long pitch_c, long long pitch_d, int m, int n,
-    int k, int box_rows, int static_b) {
+    int k, int rows_loaded, int static_b) {
     extern __shared__ __align__(1024) u8 shared_bytes[];
     auto& shared = *reinterpret_cast<SharedMemory<Tile>*>(shared_bytes);
 
@@ -114,14 +114,14 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__
         if (kConsumers > 1) ptx::registers_decrease<kProducerRegisters>();
         if (warp == 0) {
             Producer<Tile> producer{
-                shared, &map_a, &map_scale_a, &map_b, 1, box_rows, 1, box_rows, lane, rank};
+                shared, &map_a, &map_scale_a, &map_b, 1, rows_loaded, 1, rows_loaded, lane, rank};
             bool more = tiles.advance();
-            producer.fit_boxes(tiles.block_m * kBlockM, m);
+            producer.fit_boxes(tiles.block_m * kBlockM, m, map_a, rows_loaded, map_tail);
             int early = static_b && more ? producer.load_early(tiles.block_n * kBlockN, 0, k_blocks) : 0;
             ptx::grid_dependency_wait();
             for (; more; more = tiles.advance(), early = 0) {
                 const int row = tiles.block_m * kBlockM, column = tiles.block_n * kBlockN;
-                producer.fit_boxes(row, m);
+                producer.fit_boxes(row, m, map_a, rows_loaded, map_tail);
                 const int scale_row = min((column + lane * kSegment) / 128, (n - 1) / 128);
                 // What comes next may be set up while this block's last tile is on its way.
                 if (tiles.last()) ptx::grid_launch_dependents();
