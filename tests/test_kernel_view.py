@@ -61,10 +61,12 @@ def test_resources_of_the_dense_kernel() -> None:
 
 
 @needs_nvrtc
-def test_split_kernels_fit_twice() -> None:
-    config = next(c for c in configurations("bfloat16") if c.name.startswith("dense_split_64x64"))
+@pytest.mark.parametrize(("stages", "blocks"), [(5, 2), (8, 1)])
+def test_how_often_split_kernels_fit(stages: int, blocks: int) -> None:
+    name = f"dense_split_64x64_k2_s{stages}_w1_bfloat16"
+    config = next(c for c in configurations("bfloat16") if c.name == name)
     fits = cpgemm.kernel(config).resources.occupancy
-    assert fits is not None and fits.blocks_per_sm == 2 == config.blocks_per_sm  # type: ignore[attr-defined]
+    assert fits is not None and fits.blocks_per_sm == blocks == config.blocks_per_sm  # type: ignore[attr-defined]
 
 
 @needs_nvrtc
