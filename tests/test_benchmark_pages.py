@@ -119,14 +119,16 @@ def test_grouped_figures() -> None:
 
 
 def test_the_model_is_as_good_as_said() -> None:
-    """docs/performance.md, of the random shapes that the model was fitted to."""
+    """docs/performance.md, of the random shapes that came after the fit."""
     losses = []
     for row in load("model_timings.json")["shapes"]:
-        us = {f"dense_{name}_bfloat16": time for name, time in row["us"].items()}
-        chosen = explain(row["m"], row["n"], row["k"]).choice.config.name
-        losses.append(us[chosen] / min(us.values()))
+        if row["seed"] == 4:
+            us = {f"dense_{name}_bfloat16": time for name, time in row["us"].items()}
+            chosen = explain(row["m"], row["n"], row["k"]).choice.config.name
+            losses.append(us[chosen] / min(us.values()))
     near = round(100 * sum(loss <= 1.05 for loss in losses) / len(losses))
     mean = round(100 * (sum(losses) / len(losses) - 1), 1)
     text = " ".join((FOLDER.parents[1] / "performance.md").read_text(encoding="utf-8").split())
-    assert f"On these {len(losses)} shapes its choice is within 5 % of the best in {near} %" in text
+    claim = "random shapes that came after the fit its choice is within 5 % of the best in"
+    assert f"On {len(losses)} {claim} {near} %" in text
     assert f"{mean} % slower in the mean" in text
