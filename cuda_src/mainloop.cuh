@@ -108,10 +108,10 @@ struct Producer {
         return from + early;
     }
 
-    // Loads k-blocks `from` to `to` of rows row.. of A and rows column.. of B, of B those before `early` excepted. The scales of
-    // A lie at column scale_x, rows scale_y.., of their map; `scale_b` points to this lane's row of column
-    // scales. TMA wants the first byte of a box at a multiple of 16: scale_x is a multiple of 4, or the GPU
-    // stops with an illegal instruction.
+    // Loads k-blocks `from` to `to` of rows row.. of A and rows column.. of B, of B those before `early`
+    // excepted. The scales of A lie at column scale_x, rows scale_y.., of their map; `scale_b` points to this
+    // lane's row of column scales. TMA wants the first byte of a box at a multiple of 16: scale_x is a
+    // multiple of 4, or the GPU stops with an illegal instruction.
     __device__ __forceinline__ void load(
         int row, int column, int scale_x, int scale_y, const float* scale_b, int from, int to, int early = 0) {
         const u32 bytes = stage_bytes();

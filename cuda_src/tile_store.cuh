@@ -85,7 +85,8 @@ struct TileStore {
     static __device__ __forceinline__ bool direct(int rows) { return Tile::kBlockM == 64 && rows <= kDirectRows; }
 
     __device__ __forceinline__ void store_staged(
-        const typename Consumer<Tile>::Total& total, int row, int row_end, int column, bool foreign, int warp, int lane) {
+        const typename Consumer<Tile>::Total& total, int row, int row_end, int column, bool foreign, int warp,
+        int lane) {
         if (issuer()) ptx::tma_store_wait_read();
         ptx::named_barrier(1 + warpgroup, 128);
 #pragma unroll

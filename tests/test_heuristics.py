@@ -6,10 +6,11 @@ import pytest
 from gemm_checks import DENSE_SHAPES
 
 import cpgemm
-from cpgemm.config import SplitKernelConfig
+from cpgemm import heuristics
+from cpgemm.config import KernelConfig, SplitKernelConfig
 from cpgemm.cost_model import H200, Machine
 from cpgemm.errors import ArgumentError
-from cpgemm.heuristics import choose, configurations, explain
+from cpgemm.heuristics import Tile, choose, configurations, deepest, explain
 from cpgemm.problem import GemmProblem
 
 
@@ -42,6 +43,28 @@ def test_the_model_reproduces_the_measured_ranking():
 def test_small_m_takes_small_tiles():
     for (n, k), m in itertools.product(DENSE_SHAPES, (1, 16, 64)):
         assert choose(GemmProblem(m, n, k)).block_m <= 128
+
+
+def test_a_tile_has_the_stages_that_fit_or_that_it_wants():
+    most = deepest(KernelConfig, Tile(64, 64, 1), "bfloat16")
+    assert (
+        deepest(KernelConfig, Tile(64, 64, 1, most_stages=8), "bfloat16").stages == 8 < most.stages
+    )
+    assert deepest(KernelConfig, Tile(256, 128, 2, most_stages=8), "bfloat16").stages == 3
+
+
+def test_predictions_that_are_not_told_apart_go_by_the_set(rng):
+    """The choice is the first of the set among those within 0.8 % of the fastest prediction."""
+    ties = 0
+    for m, n, k in rng.integers(1, (9000, 5000, 1100), (300, 3)):
+        found = explain(m, 8 * n, 16 * k).candidates
+        least = min(one.predicted_us for one in found)
+        near = {one.config for one in found if one.predicted_us <= heuristics._TIE * least}
+        assert found[0].config == next(c for c in configurations("bfloat16") if c in near)
+        rest = [one.predicted_us for one in found[len(near) :]]
+        assert rest == sorted(rest) and {one.config for one in found[: len(near)]} == near
+        ties += len(near) > 1
+    assert ties
 
 
 def test_split_kernels_run_in_one_wave():

@@ -21,6 +21,8 @@
 // Barriers: full[s] and empty[s] of the ring, with the arrivals that mainloop.cuh lists; a named barrier
 // for each consumer (1 + its number, 128 threads) around its part of the staging buffer.
 //
+// Loads: whole boxes of A; for a last tile that is far from full, boxes of 64 rows (map_tail)
+//
 // Timeline of one tile
 //   producer   fills stage after stage, and runs ahead into the next tile; with static weights it loads those of
 //              the first stages before it waits for the launch that this one depends on
@@ -89,9 +91,9 @@ static_assert(sizeof(SharedMemory<Tile>) == kSharedBytes, "the host's shared mem
 
 extern "C" __global__ void __launch_bounds__(Tile::kThreads, 1) __cluster_dims__(Tile::kCluster, 1, 1) cpgemm_dense(
     const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_tail,
-    const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_scale_a, const __grid_constant__ TensorMap map_d,
-    const float* __restrict__ scale_b, const Element* c, Element* d, long long pitch_c, long long pitch_d, int m, int n,
-    int k, int rows_loaded, int static_b) {
+    const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_scale_a,
+    const __grid_constant__ TensorMap map_d, const float* __restrict__ scale_b, const Element* c, Element* d,
+    long long pitch_c, long long pitch_d, int m, int n, int k, int rows_loaded, int static_b) {
     extern __shared__ __align__(1024) u8 shared_bytes[];
     auto& shared = *reinterpret_cast<SharedMemory<Tile>*>(shared_bytes);
 
