@@ -6,7 +6,8 @@ tensor     block_m * block_n / 32 per k-block: 4096 multiply-adds a clock
 shared     bytes that wgmma reads (8 KiB of A and 128 * block_n bytes of B for each m64 wave) and
            that TMA writes, at 128 bytes a clock; the larger of tensor and shared counts
 promotion  one FFMA per accumulator and k-block, weighted by what other consumers leave exposed
-chain      a consumer's own wgmma, wait and promotion for one k-block: a lower limit
+chain      a consumer's own wgmma, wait and promotion for one k-block: a lower limit where no other
+           consumer has rows of the tile
 epilogue   per tile: a fixed part, and one for each element that is converted, staged and stored;
            the last tile's overlaps nothing
 turns      tiles over multiprocessors, rounded up
@@ -43,7 +44,7 @@ __all__ = ["H200", "Candidate", "Machine", "TileTimes", "predict", "suits", "til
 _BUSY = {1: 0.6913, 2: 0.6913, 3: 0.6261}  # of tensor and shared, by consumers: may overlap
 _PROMOTION, _PROMOTION_ONE_WAVE = 2.529, 2.798  # per FFMA; two consumers with one wave hide less
 _CHAIN = 368.5  # latency of one m64 wave: issue, wait, release ...
-_CHAIN_COLUMN = {1: 0.855, 2: 1.158, 3: 1.158}  # ... and per column: wgmma and promotion
+_CHAIN_COLUMN = 0.855  # ... and per column: wgmma and promotion
 _EPILOGUE = 615.8
 _EPILOGUE_ELEMENT = {1: 0.0790, 2: 0.0790, 3: 0.0772}
 _FULL_GHZ, _FULL_TFLOPS = 1.772, 1200.0
@@ -144,13 +145,13 @@ def _busy_clocks(config: KernelConfig) -> float:
 
 
 def _k_block_clocks(config: KernelConfig) -> float:
-    chain = config.waves * (_CHAIN + _CHAIN_COLUMN[config.row_parts] * config.wave_n)
     if config.row_parts == 1:
+        chain = config.waves * (_CHAIN + _CHAIN_COLUMN * config.wave_n)
         return max(_busy_clocks(config), chain)
     one_wave = config.consumers == 2 and config.waves == 1
     promotion = _PROMOTION_ONE_WAVE if one_wave else _PROMOTION
     promotion *= config.block_m / 64 * config.block_n / 2
-    return max(_busy_clocks(config) + promotion, chain)
+    return _busy_clocks(config) + promotion
 
 
 def _split_k_block_clocks(config: SplitKernelConfig, tiles: int, machine: Machine) -> float:

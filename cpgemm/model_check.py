@@ -58,12 +58,16 @@ def random_problems(
 
 @dataclasses.dataclass
 class ModelCheck:
-    """The outcomes so far; ``seconds`` is what measuring them took."""
+    """How shapes are timed, and the outcomes so far.
+
+    ``machine``: whose model chooses; ``rounds`` windows of ``window_ms`` milliseconds each;
+    ``seconds``: what measuring the ``contests`` took.
+    """
 
     seed: int
     machine: Machine
-    rounds: int
-    window_ms: float
+    rounds: int = ROUNDS
+    window_ms: float = WINDOW_MS
     contests: list[Contest] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
@@ -142,27 +146,23 @@ def _shape(one: Contest) -> dict[str, Any]:
 def check_model(
     trials: Trials,
     problems: Sequence[GemmProblem],
-    machine: Machine,
+    check: ModelCheck,
     *,
-    seed: int,
-    rounds: int = ROUNDS,
-    window_ms: float = WINDOW_MS,
     limit_s: float = math.inf,
     done: Callable[[str], None] = lambda _name: None,
-    into: ModelCheck | None = None,
 ) -> ModelCheck:
-    """Time the candidates for each of ``problems``; stops after ``limit_s`` seconds.
+    """Time the candidates for each of ``problems``; begins none after ``limit_s`` seconds.
 
-    ``done`` is called with each shape's name.  ``into`` is filled as the work goes on, so that what
-    was measured survives an interruption.
+    ``check`` says how, and is filled as the work goes on, so that what was measured survives an
+    interruption; it is returned.  ``done`` is called with each shape's name.
     """
-    check = ModelCheck(seed, machine, rounds, window_ms) if into is None else into
-    order, start = random.Random(seed), time.monotonic()
+    order, start = random.Random(check.seed), time.monotonic()
     for problem in problems:
         if time.monotonic() - start > limit_s:
             break
         outcome = contest(
-            trials, problem, machine, rounds=rounds, window_ms=window_ms, order=order
+            trials, problem, check.machine, rounds=check.rounds, window_ms=check.window_ms,
+            order=order,
         )  # fmt: skip
         check.contests.append(outcome)
         check.seconds = time.monotonic() - start

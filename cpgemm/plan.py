@@ -178,8 +178,10 @@ class GemmPlan:
         """The kernel's parameters in their order, in the units of its signature."""
         config, p = self.config, self.problem
         rows = config.rows_loaded(p.m)
+        # A single tile of rows has no tail; its map is made once, and fills the place of the other.
+        tail = TAIL_ROWS if p.m > config.block_m else rows
         map_a, map_tail = (
-            matrix_map(a.data, (box // config.cluster_n, BLOCK), 128) for box in (rows, TAIL_ROWS)
+            matrix_map(a.data, (box // config.cluster_n, BLOCK), 128) for box in (rows, tail)
         )
         map_b = matrix_map(b.data, (config.block_n // config.cluster_m, BLOCK), 128)
         scale_pitch = 4 * a.scales_pitch

@@ -184,16 +184,14 @@ def _check_model(args: argparse.Namespace) -> int:
     problems = model_check.random_problems(
         args.check_model, seed=seed, out_dtype=args.out_dtype, accumulate=args.accumulate
     )
-    rounds = args.rounds or model_check.ROUNDS
-    check = model_check.ModelCheck(seed, machine, rounds, model_check.WINDOW_MS)
+    check = model_check.ModelCheck(seed, machine, args.rounds or model_check.ROUNDS)
     print(f"{len(problems)} random shapes on {machine.name}, seed {seed}", flush=True)
     interrupted = False
     try:
         with progress("checking", len(problems)) as done:
             model_check.check_model(
-                GpuTrials(problems, machine, seed=seed), problems, machine, seed=check.seed,
-                rounds=check.rounds, window_ms=check.window_ms,
-                limit_s=args.time_limit or math.inf, done=done, into=check,
+                GpuTrials(problems, machine, seed=seed), problems, check,
+                limit_s=args.time_limit or math.inf, done=done,
             )  # fmt: skip
     except KeyboardInterrupt:
         interrupted = True

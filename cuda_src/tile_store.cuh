@@ -15,7 +15,7 @@
 template <class Tile, int kChunk>
 struct TileStore {
     using Element = typename Tile::Element;
-    static constexpr int kDirectRows = 16;
+    static constexpr int kDirectRows = 16;  // those of one warp
     static constexpr int kWaveBytes = 64 * Tile::kWaveN * 2;  // of one wave in the staging buffer
 
     const TensorMap& map_d;
@@ -38,7 +38,7 @@ struct TileStore {
         const int thread = own_thread(), warp = thread / 32, lane = thread % 32;
         if constexpr (Tile::kStaged) {
             if (!direct(row_end - row)) {
-                store_staged(total, row, row_end, column, foreign, warp, lane);
+                store_by_tma(total, row, row_end, column, foreign, warp, lane);
                 return;
             }
         }
@@ -84,7 +84,8 @@ struct TileStore {
 
     static __device__ __forceinline__ bool direct(int rows) { return Tile::kBlockM == 64 && rows <= kDirectRows; }
 
-    __device__ __forceinline__ void store_staged(
+    // Through the staging buffer; rows that end within a wave of foreign ones are copied by the threads instead.
+    __device__ __forceinline__ void store_by_tma(
         const typename Consumer<Tile>::Total& total, int row, int row_end, int column, bool foreign, int warp,
         int lane) {
         if (issuer()) ptx::tma_store_wait_read();

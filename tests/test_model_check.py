@@ -41,7 +41,7 @@ def test_a_perfect_model_is_always_right(tmp_path: Path, capsys: pytest.CaptureF
         chosen = _predicted(problem, suited[problem])
         return max(_predicted(problem, config), chosen)
 
-    check = check_model(FakeTrials(us, jitter=0.01), list(suited), H200, seed=2)
+    check = check_model(FakeTrials(us, jitter=0.01), list(suited), ModelCheck(2, H200))
     assert check.share() == 1.0 and len(check.contests) == 12
     path = tmp_path / "new" / "check.json"
     check.write(path)
@@ -69,7 +69,7 @@ def test_bad_choices_are_counted_and_shown(capsys: pytest.CaptureFixture) -> Non
         factor = 1.2 if problem in slow else 1.04
         return 50 * factor if config == choose(problem) else 50.0
 
-    check = check_model(FakeTrials(us), problems, H200, seed=3)
+    check = check_model(FakeTrials(us), problems, ModelCheck(3, H200))
     assert check.share() == 5 / 8 and check.share(25) == 1.0
     assert {one.problem for one in check.worst()[:3]} == slow
     check.print()
@@ -79,7 +79,8 @@ def test_bad_choices_are_counted_and_shown(capsys: pytest.CaptureFixture) -> Non
 
 def test_it_stops_in_time_and_keeps_what_it_has() -> None:
     problems = random_problems(5, seed=4)
-    assert check_model(FakeTrials(_predicted), problems, H200, seed=4, limit_s=-1).contests == []
+    late = check_model(FakeTrials(_predicted), problems, ModelCheck(4, H200), limit_s=-1)
+    assert late.contests == []
 
     def us(problem: GemmProblem, config: object) -> float:
         if problem == problems[2]:
@@ -88,7 +89,7 @@ def test_it_stops_in_time_and_keeps_what_it_has() -> None:
 
     into = ModelCheck(4, H200, 3, 1.0)
     with pytest.raises(KeyboardInterrupt):
-        check_model(FakeTrials(us), problems, H200, seed=4, into=into)
+        check_model(FakeTrials(us), problems, into)
     assert [one.problem for one in into.contests] == problems[:2]
 
 
@@ -96,7 +97,7 @@ def test_wrong_results_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -
     problems = random_problems(2, seed=5)
     bad = choose(problems[0])
     trials = FakeTrials(lambda _p, _c: 10.0, wrong=lambda c: "off by 1" if c == bad else None)
-    check = check_model(trials, problems, H200, seed=5)
+    check = check_model(trials, problems, ModelCheck(5, H200))
     assert (problems[0], bad.name, "off by 1") in check.wrong and check.share() < 1
     check.print()
     assert f"{bad.name}: off by 1" in capsys.readouterr().out
